@@ -77,7 +77,8 @@ void FailureLog::Add(const service::CallReport& call, absl::Time now) {
   std::string line = absl::StrCat(call.code != 0 ? "call failed" : "slow call", " method=", call.method,
                                   " code=", absl::StatusCodeToString(code));
   if (call.sequence != 0) absl::StrAppend(&line, " sequence=", call.sequence);
-  absl::StrAppend(&line, " request=", Escaped(call.request_id), " caller=", Escaped(call.caller));
+  if (!call.request_id.empty()) absl::StrAppend(&line, " request=", Escaped(call.request_id));
+  absl::StrAppend(&line, " caller=", Escaped(call.caller));
   absl::StrAppend(&line, " way=", service::NameOf(call.way));
   if (!call.tenant.empty()) absl::StrAppend(&line, " tenant=", Escaped(call.tenant));
   if (!call.trace.empty()) absl::StrAppend(&line, " trace=", Escaped(call.trace));

@@ -349,10 +349,17 @@ struct Trouble {
   double seconds = 0;
   bool ends_service = false;
 };
+struct TenantRefusals {
+  std::string tenant, reason;
+  int64_t calls = 0;
+};
 struct ServerStats {
   std::vector<Trouble> troubles;
   std::vector<MethodStats> methods;
   std::vector<std::pair<std::string, int64_t>> refused;  // calls by reason, most frequent first
+  // Whose they were, by reason in that order, each with the tenant that has most first; for who is no admin
+  // its own.
+  std::vector<TenantRefusals> refused_tenants;
   std::vector<WayStats> ways;
   std::vector<ClientStats> clients;  // with most calls first
   std::vector<MemoryUse> memory;

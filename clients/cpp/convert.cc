@@ -318,8 +318,11 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
   stats.prefix_lookups = proto.prefix_lookups();
   stats.prefix_miss_tokens = proto.prefix_miss_tokens();
   stats.prefix_reused_tokens = proto.prefix_reused_tokens();
-  for (const v1::RefusedCalls& refused : proto.refused())
+  for (const v1::RefusedCalls& refused : proto.refused()) {
     stats.refused.emplace_back(refused.reason(), refused.calls());
+    for (const v1::RefusedCalls::OfTenant& of : refused.tenants())
+      stats.refused_tenants.push_back({of.tenant(), refused.reason(), of.calls()});
+  }
   for (const v1::MethodStats& method : proto.methods()) {
     MethodStats& to = stats.methods.emplace_back();
     to.method = method.method();

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "clients/cpp/call_trace_impl.h"
 #include "clients/cpp/channel.h"
 #include "clients/cpp/client_impl.h"
 #include "clients/cpp/convert.h"
@@ -9,6 +10,7 @@
 #include "clients/cpp/session.h"
 #include "kernels/base/status.h"
 #include "kvtide/v1/kv_cache_service.grpc.pb.h"
+#include "proto/call_trace.h"
 
 namespace kvtide::client {
 namespace {
@@ -79,7 +81,12 @@ class UnaryCalls : public Carrier {
     grpc::ClientContext context;
     context.set_deadline(absl::ToChronoTime(absl::Now() + timeout_));
     if (token_ != nullptr) token_->AddTo(&context);
-    return FromGrpc((stub_.get()->*method)(&context, request, response));
+    AddTrace(&context);
+    const absl::Status status = FromGrpc((stub_.get()->*method)(&context, request, response));
+    if (status.ok()) return status;
+    const auto& trailing = context.GetServerTrailingMetadata();
+    const auto id = trailing.find(kRequestIdKey);
+    return id == trailing.end() ? status : WithRequestId(status, {id->second.data(), id->second.size()});
   }
 
   const std::shared_ptr<Stub> stub_;

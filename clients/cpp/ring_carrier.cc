@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "clients/cpp/arena_allocator.h"
+#include "clients/cpp/call_trace_impl.h"
 #include "daemon/ring/arena.h"
 #include "daemon/ring/handshake.h"
 #include "daemon/ring/read_window.h"
@@ -128,6 +129,7 @@ class Ring final : public RingCarrier {
   SharedMemory* memory() override { return &memory_; }
 
   absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) override {
+    AddTrace(request);
     const size_t size = request->ByteSizeLong();
     const MutexLock lock(mutex_);
     if (broken_) return Gone();
@@ -144,10 +146,7 @@ class Ring final : public RingCarrier {
       broken_ = true;
       return absl::InternalError("kvtided sent an answer that is none");
     }
-    if (response->has_error()) {
-      return absl::Status(static_cast<absl::StatusCode>(response->error().code()),
-                          response->error().message());
-    }
+    if (response->has_error()) return FromProto(response->error());
     if (response->result_case() == v1::SessionResponse::RESULT_NOT_SET)
       return absl::InternalError("kvtided sent an empty answer");
     return absl::OkStatus();

@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "clients/cpp/call_trace_impl.h"
 #include "clients/cpp/convert.h"
 #include "kernels/base/status.h"
 
@@ -54,6 +55,7 @@ absl::Status Session::Call(v1::SessionRequest* request, v1::SessionResponse* res
   if (broken_) return absl::UnavailableError("the session with kvtided is lost; connect again");
   const absl::Time deadline = absl::Now() + timeout_;
   request->set_request_id(++last_request_);
+  AddTrace(request);
   stream_->Write(*request, this);
   KVTIDE_RETURN_IF_ERROR(Wait(deadline));
   // Broken sessions keep `response` in use by gRPC until the queue is drained, so the read goes through a
@@ -65,9 +67,7 @@ absl::Status Session::Call(v1::SessionRequest* request, v1::SessionResponse* res
     Break();
     return absl::InternalError("kvtided answered another request of the session");
   }
-  if (response->has_error()) {
-    return absl::Status(static_cast<absl::StatusCode>(response->error().code()), response->error().message());
-  }
+  if (response->has_error()) return FromProto(response->error());
   if (response->result_case() == v1::SessionResponse::RESULT_NOT_SET) {
     return absl::InternalError("kvtided sent an empty answer on the session");
   }

@@ -4,9 +4,12 @@
 #include <nanobind/nanobind.h>
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "clients/cpp/call_trace.h"
 #include "clients/cpp/pool.h"
 
 namespace kvtide::python {
@@ -20,10 +23,17 @@ void BindPaged(nanobind::module_& m);
 void BindPages(nanobind::module_& m);
 void BindSteps(nanobind::module_& m);
 
-// Runs a blocking call without the GIL.
+// The trace of the calls that this context of Python makes (kvtide/_trace.py); none where it has none. With
+// the GIL.
+std::optional<client::CallTrace> TraceOfContext();
+
+// Runs a blocking call without the GIL, with the trace of the context that makes it.
 template <class F>
 auto Blocking(F&& call) {
+  std::optional<client::CallTrace> trace = TraceOfContext();
   const nanobind::gil_scoped_release release;
+  std::optional<client::TraceCalls> calls;
+  if (trace.has_value()) calls.emplace(*std::move(trace));
   return call();
 }
 

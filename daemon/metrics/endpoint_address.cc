@@ -60,17 +60,17 @@ absl::StatusOr<EndpointAddress> ParseEndpointAddress(const std::string& text) {
   return address;
 }
 
-absl::Status CheckBindable(const EndpointAddress& address) {
+absl::StatusOr<int> Listen(const EndpointAddress& address) {
   const AddressList list = Resolve(address.host, address.port);
   if (list == nullptr) return BadAddress(address.Text(), "not an address");
-  const int fd = socket(list->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int fd = socket(list->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (fd < 0) return BadAddress(address.Text(), std::strerror(errno));
   const int one = 1;
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
   int error = 0;
-  if (bind(fd, list->ai_addr, list->ai_addrlen) != 0 || listen(fd, 1) != 0) error = errno;
+  if (bind(fd, list->ai_addr, list->ai_addrlen) != 0 || listen(fd, SOMAXCONN) != 0) error = errno;
+  if (error == 0) return fd;
   close(fd);
-  if (error == 0) return absl::OkStatus();
   if (error == EADDRINUSE) {
     return absl::UnavailableError(absl::StrCat("metrics address ", address.Text(),
                                                " is in use by another program; choose another port with "

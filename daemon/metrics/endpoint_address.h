@@ -18,8 +18,8 @@ struct EndpointAddress {
 // Resolves the host. InvalidArgument says what an address looks like.
 absl::StatusOr<EndpointAddress> ParseEndpointAddress(const std::string& text);
 
-// Binds and lets go again: OK, or Unavailable (in use), PermissionDenied, InvalidArgument (not an address of
-// this host).
-absl::Status CheckBindable(const EndpointAddress& address);
+// A socket that listens there and does not wait, the caller's. Unavailable (in use), PermissionDenied,
+// InvalidArgument (not an address of this host).
+absl::StatusOr<int> Listen(const EndpointAddress& address);
 
 }  // namespace kvtide::metrics

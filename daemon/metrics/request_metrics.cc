@@ -76,6 +76,7 @@ RequestMetrics::RequestMetrics(prometheus::Registry* registry) : registry_(regis
 }
 
 std::string RequestMetrics::LabelOf(std::string_view tenant) const {
+  if (tenant.empty()) return "(nobody)";
   std::string name(tenant);
   // An admin may give a tenant any name.
   std::replace_if(
@@ -110,6 +111,12 @@ const RequestMetrics::Tenant& RequestMetrics::Of(std::string_view tenant) {
                       .Help("Time from a call's arrival to its answer, by tenant.")
                       .Register(*registry_)
                       .Add({{"tenant", name}}, kTenantSeconds);
+  auto& refused = prometheus::BuildCounter()
+                      .Name("kvtide_tenant_refused_calls_total")
+                      .Help("Calls of the tenant that were refused and changed nothing, by reason.")
+                      .Register(*registry_);
+  for (size_t i = 0; i < kRefusals; i++)
+    made.refused[i] = &refused.Add({{"tenant", name}, {"reason", kRefusalNames[i]}});
   return made;
 }
 
@@ -144,7 +151,12 @@ void RequestMetrics::Record(const CallSample& call) {
   if (call.refusal.has_value()) refused_[static_cast<size_t>(*call.refusal)]->Increment();
   entry.request_bytes->Increment(request_bytes);
   entry.response_bytes->Increment(response_bytes);
-  if (entry.seconds == nullptr) return;  // a stream: its calls are told by themselves
+  if (entry.seconds == nullptr) {  // a stream: its calls are told by themselves
+    if (!call.refusal.has_value()) return;
+    const MutexLock lock(mutex_);
+    Of(call.tenant).refused[static_cast<size_t>(*call.refusal)]->Increment();
+    return;
+  }
   entry.seconds->Observe(seconds);
   const absl::Duration parts[] = {call.received, call.waited, call.duration - call.received - call.waited};
   for (size_t i = 0; i < phases_.size(); i++)
@@ -155,6 +167,7 @@ void RequestMetrics::Record(const CallSample& call) {
     tenant = Of(call.tenant);
   }
   (call.code == 0 ? tenant.answered : tenant.failed)->Increment();
+  if (call.refusal.has_value()) tenant.refused[static_cast<size_t>(*call.refusal)]->Increment();
   tenant.request_bytes->Increment(request_bytes);
   tenant.response_bytes->Increment(response_bytes);
   tenant.seconds->Observe(seconds);

@@ -1,6 +1,6 @@
 // Counts, latencies and bytes of calls. Every (method, code) is there from the start with 0, so that a rate
 // sees the first failure. Tenants have series of their own as they come, up to kMostTenants; the others share
-// one. Recording allocates nothing but for the first call of a tenant.
+// one, and so do callers that are nobody. Recording allocates nothing but for the first call of a tenant.
 #pragma once
 
 #include <array>
@@ -42,6 +42,7 @@ class RequestMetrics {
     prometheus::Counter *answered = nullptr, *failed = nullptr, *request_bytes = nullptr,
                         *response_bytes = nullptr;
     prometheus::Histogram* seconds = nullptr;
+    std::array<prometheus::Counter*, kRefusals> refused{};
   };
   // The label that a tenant's series have.
   std::string LabelOf(std::string_view tenant) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

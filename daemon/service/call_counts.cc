@@ -13,6 +13,8 @@ namespace {
 constexpr double kFirst = 10e-6;
 const double kStep = std::sqrt(2.0);
 
+constexpr char kOthers[] = "(others)", kNobody[] = "(nobody)";
+
 }  // namespace
 
 CallCounts::Method* CallCounts::Find(const char* name) {
@@ -24,9 +26,19 @@ CallCounts::Method* CallCounts::Find(const char* name) {
   return nullptr;  // there are not so many
 }
 
+void CallCounts::CountRefusal(Refusal why, std::string_view tenant) {
+  refused_[static_cast<size_t>(why)].fetch_add(1, std::memory_order_relaxed);
+  const MutexLock lock(mutex_);
+  auto found = of_tenants_.find(absl::string_view(tenant.data(), tenant.size()));
+  if (found == of_tenants_.end()) {
+    const bool named = of_tenants_.size() <= kMostTenants;
+    found = of_tenants_.try_emplace(named ? std::string(tenant) : kOthers).first;
+  }
+  found->second[static_cast<size_t>(why)]++;
+}
+
 void CallCounts::Add(const CallReport& call) {
-  if (call.refusal.has_value())
-    refused_[static_cast<size_t>(*call.refusal)].fetch_add(1, std::memory_order_relaxed);
+  if (call.refusal.has_value()) CountRefusal(*call.refusal, call.tenant);
   Method* const method = Find(call.method);
   if (method == nullptr) return;
   const size_t code =
@@ -54,7 +66,7 @@ double CallCounts::Quantile(const Method& method, double share) {
   return 0;
 }
 
-void CallCounts::ToProto(v1::GetStatsResponse* to) const {
+void CallCounts::ToProto(const Identity& caller, v1::GetStatsResponse* to) const {
   std::vector<v1::MethodStats> all;
   for (const Method& method : methods_) {
     const char* const name = method.name.load(std::memory_order_acquire);
@@ -81,8 +93,19 @@ void CallCounts::ToProto(v1::GetStatsResponse* to) const {
   for (size_t i = 0; i < kRefusals; i++) {
     const int64_t calls = refused_[i].load(std::memory_order_relaxed);
     if (calls == 0) continue;
-    refused.emplace_back().set_reason(kRefusalNames[i]);
-    refused.back().set_calls(calls);
+    v1::RefusedCalls& one = refused.emplace_back();
+    one.set_reason(kRefusalNames[i]);
+    one.set_calls(calls);
+    const MutexLock lock(mutex_);
+    for (const auto& [tenant, counts] : of_tenants_) {
+      if (counts[i] == 0 || !caller.MaySee(tenant)) continue;
+      v1::RefusedCalls::OfTenant* const of = one.add_tenants();
+      of->set_tenant(tenant.empty() ? kNobody : tenant);
+      of->set_calls(counts[i]);
+    }
+    std::sort(one.mutable_tenants()->begin(), one.mutable_tenants()->end(), [](const auto& a, const auto& b) {
+      return a.calls() != b.calls() ? a.calls() > b.calls() : a.tenant() < b.tenant();
+    });
   }
   std::stable_sort(refused.begin(), refused.end(), [](const v1::RefusedCalls& a, const v1::RefusedCalls& b) {
     return a.calls() > b.calls();

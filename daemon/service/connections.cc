@@ -1,6 +1,7 @@
 #include "daemon/service/connections.h"
 
 #include <netdb.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 
@@ -55,6 +56,7 @@ std::string NameOfPeer(int fd) {
 
 std::shared_ptr<Connection> Connections::Add(int fd) {
   auto connection = std::make_shared<Connection>();
+  connection->fd = fd;
   connection->name = NameOfPeer(fd);
   connection->identity = access_.OfSocket(fd);
   connection->tcp = IsTcp(fd);
@@ -106,6 +108,14 @@ void Connections::Forget(int fd) {
   const MutexLock lock(mutex_);
   Erase(fd);
   size_ = open_.size();
+}
+
+bool Connections::HasEnded(const Connection& connection) const {
+  const MutexLock lock(mutex_);
+  const auto found = open_.find(connection.fd);
+  if (found == open_.end() || found->second.connection.get() != &connection) return true;
+  pollfd wait{connection.fd, POLLRDHUP, 0};
+  return ::poll(&wait, 1, 0) > 0 || SocketOf(connection.fd) != found->second.socket;
 }
 
 size_t Connections::CountOf(const std::string& tenant) const {

@@ -26,10 +26,11 @@ struct Connection {
   // Who is at the other end, by the kind of the connection alone; or why nobody is served there.
   absl::StatusOr<IdentityPtr> identity = absl::UnavailableError("the connection has gone");
   uint64_t number = 0;  // 1, 2, ... in order of arrival; the caller's place in fair queues
+  int fd = -1;          // its descriptor, for as long as it is open
   bool tcp = false;
   std::string name = "a closed connection";  // "unix:uid=1000,pid=4711" or "127.0.0.1:53412"
   std::shared_ptr<Client> client;            // its counts; null = it has gone
-  std::atomic<int> calls_under_way{0};  // as ServiceGauges counts them
+  std::atomic<int> calls_under_way{0};       // as ServiceGauges counts them
   MemoryBudget::Account memory;
   ReadTurns turns;
 };
@@ -50,6 +51,8 @@ class Connections {
   void Forget(int fd);
   // Forgets those whose descriptor is closed or another socket's by now; how many are left.
   size_t Sweep();
+  // Whether the other end has closed it, or it is closed here.
+  bool HasEnded(const Connection& connection) const;
   size_t size() const { return size_.load(std::memory_order_relaxed); }
   // Of a tenant, as its sockets tell; those that say who they are with a token or certificate do not count.
   size_t CountOf(const std::string& tenant) const;

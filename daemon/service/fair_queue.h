@@ -1,8 +1,10 @@
 // Work that waits, in turns: tenants take turns, and within a tenant its callers do. Of every tenant with
 // waiting work one piece is taken before any of them gets a second one, and so of every caller within its
-// tenant. Within a caller the order is that of arrival. Not thread-safe; the queue borrows the work.
+// tenant. Within a caller the order is that of arrival. Where there is no room for all, who has most waiting
+// makes room for others. Not thread-safe; the queue borrows the work.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -37,6 +39,23 @@ class Turns {
     return true;
   }
   bool empty() const { return turns_.empty(); }
+  // Null where the key has nothing waiting.
+  Queue* Find(const Key& key) {
+    const auto found = queues_.find(key);
+    return found == queues_.end() ? nullptr : &found->second;
+  }
+  // That with the largest size(), with its key; null where nothing waits.
+  std::pair<const Key, Queue>* Longest() {
+    std::pair<const Key, Queue>* longest = nullptr;
+    for (auto& entry : queues_)
+      if (longest == nullptr || entry.second.size() > longest->second.size()) longest = &entry;
+    return longest;
+  }
+  // One that has nothing left, out of its turn.
+  void Forget(const Key& key) {
+    queues_.erase(key);
+    turns_.erase(std::find(turns_.begin(), turns_.end(), key));
+  }
 
  private:
   absl::flat_hash_map<Key, Queue> queues_;  // those with waiting work
@@ -52,20 +71,37 @@ template <class Work>
 class FairQueue {
  public:
   void Push(Caller caller, Work* work) {
-    tenants_.Of(caller.tenant).Of(caller.number).push_back(work);
+    Tenant& tenant = tenants_.Of(caller.tenant);
+    tenant.callers.Of(caller.number).push_back(work);
+    tenant.waiting++;
     size_++;
+  }
+
+  // A place for one more of the caller where none is left: the newest piece of who has most waiting, taken
+  // out of the queue. First among tenants, then among the callers of its own. Null: nobody has two more than
+  // it has.
+  Work* TakeFromGreediest(Caller caller) {
+    Tenant* const own = tenants_.Find(caller.tenant);
+    auto* const most = tenants_.Longest();
+    if (most != nullptr && most->second.size() > 1 + (own == nullptr ? 0 : own->size()))
+      return TakeNewest(&most->second);
+    if (own == nullptr) return nullptr;
+    const std::deque<Work*>* const mine = own->callers.Find(caller.number);
+    if (own->callers.Longest()->second.size() <= 1 + (mine == nullptr ? 0 : mine->size())) return nullptr;
+    return TakeNewest(own);
   }
 
   // Null when nothing waits.
   Work* Pop() {
     Work* work = nullptr;
-    tenants_.Next([&](Turns<uint64_t, std::deque<Work*>>& callers) {
-      callers.Next([&](std::deque<Work*>& queue) {
+    tenants_.Next([&](Tenant& tenant) {
+      tenant.callers.Next([&](std::deque<Work*>& queue) {
         work = queue.front();
         queue.pop_front();
         return !queue.empty();
       });
-      return !callers.empty();
+      tenant.waiting--;
+      return !tenant.callers.empty();
     });
     if (work != nullptr) size_--;
     return work;
@@ -74,7 +110,23 @@ class FairQueue {
   size_t size() const { return size_; }
 
  private:
-  Turns<uint64_t, Turns<uint64_t, std::deque<Work*>>> tenants_;
+  struct Tenant {
+    Turns<uint64_t, std::deque<Work*>> callers;
+    size_t waiting = 0;
+    size_t size() const { return waiting; }
+  };
+  // Of the caller that has most waiting. The tenant has one piece left at least.
+  Work* TakeNewest(Tenant* tenant) {
+    auto& [caller, queue] = *tenant->callers.Longest();
+    Work* const work = queue.back();
+    queue.pop_back();
+    if (queue.empty()) tenant->callers.Forget(caller);
+    tenant->waiting--;
+    size_--;
+    return work;
+  }
+
+  Turns<uint64_t, Tenant> tenants_;
   size_t size_ = 0;
 };
 

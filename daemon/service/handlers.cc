@@ -340,9 +340,9 @@ absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
 absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response,
                                 const Call& call) {
   ToProto(cache_->Stats(), response);
-  options_.counts->ToProto(response);
   const Identity& caller =
       call.context.identity == nullptr ? Identity::OfThisProcess() : *call.context.identity;
+  options_.counts->ToProto(caller, response);
   options_.clients->ToProto(caller, response);
   if (options_.troubles != nullptr) options_.troubles->ToProto(caller, absl::Now(), response);
   response->set_uptime_seconds(absl::ToDoubleSeconds(cache_->options().clock() - started_));

@@ -1,51 +1,33 @@
 #include "daemon/service/kv_cache_service.h"
 
 #include <algorithm>
-#include <cctype>
 #include <random>
+#include <string_view>
 #include <utility>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "daemon/cache/call/refusal.h"
 #include "daemon/service/ring_session.h"
 #include "kernels/base/status.h"
+#include "proto/call_trace.h"
 
 namespace kvtide::service {
 namespace {
 
-constexpr char kRequestIdKey[] = "x-request-id";
-constexpr size_t kLongestRequestId = 128;
 // A call costs about so much beside its messages.
 constexpr int64_t kCallBytes = 2048;
 // An answer that its client does not take for so long is given up, and a request that takes so long to come.
 constexpr absl::Duration kPatience = absl::Seconds(30);
 constexpr int64_t kBaseBytes = int64_t{160} << 20;
 
-// Letters, digits and what ids are written with; anything else could break a line of a log.
-bool IsSane(const grpc::string_ref& id) {
-  return !id.empty() && id.size() <= kLongestRequestId && std::all_of(id.begin(), id.end(), [](char c) {
-    return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' || c == '.' || c == ':' ||
-           c == '/' || c == '+' || c == '=';
-  });
-}
-
-// The trace id of W3C's traceparent; empty where there is none that is well formed.
-std::string TraceOf(const grpc::ServerContext& context) {
+// What a client says in the metadata; empty where it says nothing.
+std::string_view SaidIn(const grpc::ServerContext& context, const char* key) {
   const auto& metadata = context.client_metadata();
-  const auto found = metadata.find("traceparent");
-  // 00-32 digits-16 digits-2 digits, all of them small hexadecimal ones.
-  if (found == metadata.end() || found->second.size() != 55) return "";
-  const absl::string_view text(found->second.data(), found->second.size());
-  for (size_t i = 0; i < text.size(); i++) {
-    const bool dash = i == 2 || i == 35 || i == 52;
-    const bool digit =
-        absl::ascii_isdigit(static_cast<unsigned char>(text[i])) || (text[i] >= 'a' && text[i] <= 'f');
-    if (dash ? text[i] != '-' : !digit) return "";
-  }
-  return std::string(text.substr(3, 32));
+  const auto found = metadata.find(key);
+  return found == metadata.end() ? std::string_view()
+                                 : std::string_view(found->second.data(), found->second.size());
 }
 
 absl::Time ToTime(std::chrono::system_clock::time_point deadline) {
@@ -55,11 +37,6 @@ absl::Time ToTime(std::chrono::system_clock::time_point deadline) {
 
 absl::Status Gone() {
   return absl::CancelledError("the call was cancelled or its deadline has passed before it began");
-}
-
-absl::Status ShuttingDown() {
-  return Refused(Refusal::kShuttingDown,
-                 absl::UnavailableError("kvtided is shutting down; try another one, or again later"));
 }
 
 }  // namespace
@@ -136,12 +113,13 @@ void KvCacheService::EndCall(const std::string& tenant) {
 }
 
 bool KvCacheService::IsBulk(const Verb* verb) const {
-  return verb != nullptr &&
-         (verb->lane == Lane::kBulk || (verb->lane == Lane::kLookup && options_.waits_for_lookups));
+  // What is not known yet may be anything.
+  return verb == nullptr || verb->lane == Lane::kBulk ||
+         (verb->lane == Lane::kLookup && options_.waits_for_lookups);
 }
 
-bool KvCacheService::Submit(const Verb* verb, Caller caller, WorkerPool::Work* work) {
-  return (IsBulk(verb) ? bulk_ : prompt_).Submit(caller, work);
+void KvCacheService::Submit(const Verb* verb, Caller caller, WorkerPool::Work* work) {
+  (IsBulk(verb) ? bulk_ : prompt_).Submit(caller, work);
 }
 
 void KvCacheService::Report(const CallReport& report, Client* client) const {
@@ -166,13 +144,10 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
         connection_(service->connections_->Find(rpc->context()->peer())),
         hold_(&service->memory_, &connection_->memory) {
     grpc::GenericServerContext* const context = rpc->context();
-    const auto& metadata = context->client_metadata();
-    const auto asked = metadata.find(kRequestIdKey);
-    request_id_ = asked != metadata.end() && IsSane(asked->second)
-                      ? std::string(asked->second.data(), asked->second.size())
-                      : service->NewRequestId();
+    const std::string_view asked = SaidIn(*context, kRequestIdKey);
+    request_id_ = IsRequestId(asked) ? std::string(asked) : service->NewRequestId();
     context->AddTrailingMetadata(kRequestIdKey, request_id_);
-    trace_ = TraceOf(*context);
+    trace_ = TraceIdOf(SaidIn(*context, kTraceparentKey));
     call_.context.caller = connection_->name;
     identity_ = service->Identify(*context, *connection_);
     if (identity_.ok()) call_.context.identity = identity_->get();
@@ -224,6 +199,10 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     if (counted) counted_for_ = *identity_;
     return absl::OkStatus();
   }
+  // For reports: empty where the caller is nobody.
+  std::string_view Tenant() const {
+    return identity_.ok() ? std::string_view((*identity_)->tenant) : std::string_view();
+  }
   Caller CallerOf() const { return {std::hash<std::string>()(call_.context.tenant()), connection_->number}; }
   // Whether the call may begin.
   absl::Status MayBegin() {
@@ -238,14 +217,14 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     service_->options_.gauges->calls_under_way++;
     connection_->calls_under_way++;
   }
-  void End(const char* method, const absl::Status& status, SequenceId sequence,
-           absl::string_view request_id) {
+  void End(const char* method, const absl::Status& status, SequenceId sequence, std::string_view request_id,
+           std::string_view trace) {
     CallReport report;
     report.method = method;
     report.SetStatus(status);
     // gRPC cancels a call at its deadline: nobody has given it up.
     if (report.code == static_cast<int>(absl::StatusCode::kCancelled)) {
-      if (stale_.load(std::memory_order_relaxed)) {
+      if (stale()) {
         report.refusal = Refusal::kSlowClient;
       } else if (absl::Now() >= call_.context.deadline) {
         report.refusal = Refusal::kDeadline;
@@ -257,10 +236,10 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     report.received = received_ - start_;
     report.waited = taken_ - received_;
     report.locked = locked_;
-    report.request_id = std::string_view(request_id.data(), request_id.size());
+    report.request_id = request_id;
     report.caller = connection_->name;
-    report.tenant = call_.context.tenant();
-    report.trace = trace_;
+    report.tenant = Tenant();
+    report.trace = trace;
     report.sequence = sequence;
     if (counted_for_ != nullptr) service_->EndCall(std::exchange(counted_for_, nullptr)->tenant);
     service_->Report(report, connection_->client.get());
@@ -290,6 +269,9 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     hold_.Drop(hold_.bytes() - (held - request_bytes_));  // what was kept for answers
     return false;
   }
+
+  // It was given up because its client neither sent nor took anything for kPatience.
+  bool stale() const { return stale_.load(std::memory_order_relaxed); }
 
   // To be called before an answer is written or a request is awaited that has begun, and when that is done.
   void WaitForClient(bool begins) {
@@ -341,11 +323,9 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
     const absl::Status taken = ok ? TakeRequest() : absl::OkStatus();  // before the next one comes
     connection_->turns.Leave();
     if (!ok) {
-      // Which of the two it was depends on whether gRPC has told of the end already.
-      Conclude(Refused(Refusal::kNotReceived,
-                       cancellation_.cancelled()
-                           ? Gone()
-                           : absl::InvalidArgumentError("the call came without a request")));
+      // Why, is known when gRPC is done with the call: one that it has ended hears nothing of this.
+      unread_ = true;
+      rpc_->Finish(ToGrpc(NoRequest()));
       return;
     }
     if (!taken.ok()) {
@@ -359,12 +339,7 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
       Conclude(status);
       return;
     }
-    if (!service_->Submit(verb_, CallerOf(), this)) {
-      Conclude(Refused(Refusal::kQueueFull,
-                       absl::ResourceExhaustedError(absl::StrCat("all threads are busy and ",
-                                                                 service_->options_.max_queued_calls,
-                                                                 " calls wait already; try again later"))));
-    }
+    service_->Submit(verb_, CallerOf(), this);
   }
 
   void Run() override {
@@ -372,10 +347,28 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
     if (status.ok()) status = Serve(&request_);
     Conclude(status);
   }
-  void Refuse() override { Conclude(ShuttingDown()); }
+  void Refuse(const absl::Status& why) override { Conclude(why); }
   void OnWriteDone(bool) override {}
+  void OnDone() override {
+    if (unread_) End(verb_->method, WhyUnread(), 0, request_id_, trace_);
+    AnyCall::OnDone();
+  }
 
  private:
+  static absl::Status NoRequest() { return absl::InvalidArgumentError("the call came without a request"); }
+  absl::Status WhyUnread() const {
+    if (!cancellation_.cancelled()) return NoRequest();
+    if (stale()) return absl::CancelledError("the request has stopped coming");
+    if (absl::Now() >= call_.context.deadline) return Gone();
+    if (service_->connections_->HasEnded(*connection_))
+      return absl::CancelledError("the connection has ended before the request was there");
+    return Refused(
+        Refusal::kNotReceived,
+        absl::CancelledError(absl::StrCat(
+            "the request is larger than max_message_bytes = ", service_->options_.max_message_bytes,
+            " or compressed, or was taken back before it was there")));
+  }
+
   absl::Status Serve(grpc::ByteBuffer* request) {
     const LockedTime locked(&locked_);
     return verb_->serve(&service_->handlers_, request, call_, &answer_, &sequence_);
@@ -383,7 +376,7 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
 
   // The last thing that touches `this`: afterwards OnDone may have deleted it.
   void Conclude(const absl::Status& status) {
-    End(verb_->method, status, sequence_, request_id_);
+    End(verb_->method, status, sequence_, request_id_, trace_);
     if (!status.ok()) {
       rpc_->Finish(ToGrpc(status));
       return;
@@ -394,6 +387,7 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
 
   const Verb* const verb_;
   SequenceId sequence_ = 0;
+  bool unread_ = false;  // there is no request: told when the call is done
 };
 
 // One session stream: read, handle, write, and again. At most one operation or handler is under way, so
@@ -419,7 +413,7 @@ class KvCacheService::SessionCall final : public AnyCall {
     }
     number_++;
     Begin();
-    verb_ = FindSessionVerb(request_);
+    head_ = ReadSessionHead(request_);
     // A token may have expired or been taken back since the session began.
     if (service_->options_.tokens != nullptr) {
       identity_ = service_->Identify(*rpc_->context(), *connection_);
@@ -429,17 +423,16 @@ class KvCacheService::SessionCall final : public AnyCall {
       }
       call_.context.identity = identity_->get();
     }
-    Place(verb_);
+    Place(head_.verb);
     absl::Status taken = CountForTenant();
     if (taken.ok()) taken = TakeRequest();
     if (!taken.ok()) {
       Fail(taken);
-    } else if (SequenceId sequence = 0;
-               ServeHere(verb_, [&](grpc::ByteBuffer* request) { served_ = Serve(request, &sequence); })) {
+    } else if (SequenceId sequence = 0; ServeHere(
+                   head_.verb, [&](grpc::ByteBuffer* request) { served_ = Serve(request, &sequence); })) {
       Write(served_, sequence);
-    } else if (!service_->Submit(verb_, CallerOf(), this)) {
-      Fail(Refused(Refusal::kQueueFull, absl::ResourceExhaustedError(
-                                            "all threads are busy and the queue is full; try again later")));
+    } else {
+      service_->Submit(head_.verb, CallerOf(), this);
     }
   }
 
@@ -452,7 +445,7 @@ class KvCacheService::SessionCall final : public AnyCall {
     const absl::Status status = Serve(&request_, &sequence);
     Write(status, sequence);
   }
-  void Refuse() override { Fail(ShuttingDown()); }
+  void Refuse(const absl::Status& why) override { Fail(why); }
 
   void OnWriteDone(bool ok) override {
     WaitForClient(false);
@@ -468,18 +461,21 @@ class KvCacheService::SessionCall final : public AnyCall {
  private:
   absl::Status Serve(grpc::ByteBuffer* request, SequenceId* sequence) {
     const LockedTime locked(&locked_);
-    return ServeSessionRequest(&service_->handlers_, request, call_, &answer_, sequence, &owned_);
+    return ServeSessionRequest(&service_->handlers_, head_.verb, request, call_, &answer_, sequence, &owned_);
   }
 
   void Fail(const absl::Status& status) {
     locked_ = absl::ZeroDuration();
-    AnswerSessionError(request_, status, &answer_);
     Write(status, 0);
   }
 
   void Write(const absl::Status& status, SequenceId sequence) {
-    End(verb_ == nullptr ? "Session" : verb_->method, status, sequence,
-        absl::StrCat(request_id_, "/", number_));
+    const std::string name =
+        IsRequestId(head_.x_request_id) ? head_.x_request_id : absl::StrCat(request_id_, "/", number_);
+    const std::string_view trace = TraceIdOf(head_.traceparent);
+    if (!status.ok()) AnswerSessionError(head_.request_id, status, name, &answer_);
+    End(head_.verb == nullptr ? "Session" : head_.verb->method, status, sequence, name,
+        trace.empty() ? trace_ : trace);
     request_.Clear();
     WaitForClient(true);
     rpc_->Write(answer_);
@@ -494,14 +490,14 @@ class KvCacheService::SessionCall final : public AnyCall {
     report.duration = absl::Now() - opened_;
     report.request_id = request_id_;
     report.caller = connection_->name;
-    report.tenant = call_.context.tenant();
+    report.tenant = Tenant();
     report.trace = trace_;
     service_->Report(report, connection_->client.get());
     rpc_->Finish(ToGrpc(status));
   }
 
   const absl::Time opened_ = absl::Now();
-  const Verb* verb_ = nullptr;
+  SessionHead head_;     // of the request under way
   uint64_t number_ = 0;  // of requests
   absl::Status served_;  // the last one that was served here
   SessionOwned owned_;

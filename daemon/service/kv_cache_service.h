@@ -56,8 +56,8 @@ class KvCacheService {
   friend class RingSession;
 
   bool IsBulk(const Verb* verb) const;
-  // Hands a call to the threads of its verb. False: their queue is full.
-  bool Submit(const Verb* verb, Caller caller, WorkerPool::Work* work);
+  // Hands a call to the threads of its verb.
+  void Submit(const Verb* verb, Caller caller, WorkerPool::Work* work);
   // Counts a call of a tenant that begins, until EndCall; ResourceExhausted where it has as many as its quota
   // allows. False: the tenant has no quota, and nothing was counted.
   absl::StatusOr<bool> BeginCall(const std::string& tenant);

@@ -171,15 +171,7 @@ class RingServer::Client {
     google::protobuf::Arena memory(options);
     auto* const answer = google::protobuf::Arena::CreateMessage<v1::SessionResponse>(&memory);
     session_->Serve(message.bytes, message.timeout, answer);
-    size_t size = answer->ByteSizeLong();
-    if (size > answers_.area_bytes()) {
-      answer->Clear();
-      answer->mutable_error()->set_code(static_cast<int>(absl::StatusCode::kResourceExhausted));
-      answer->mutable_error()->set_message(absl::StrCat("the answer has ", size, " bytes, the ring holds ",
-                                                        answers_.area_bytes(), "; ask for less at once"));
-      size = answer->ByteSizeLong();
-    }
-    KVTIDE_ASSIGN_OR_RETURN(std::byte* const to, answers_.Reserve(size));
+    KVTIDE_ASSIGN_OR_RETURN(std::byte* const to, answers_.Reserve(answer->ByteSizeLong()));
     answer->SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(to));
     answers_.Publish(message.id);
     return absl::OkStatus();
@@ -308,6 +300,8 @@ bool RingServer::Hear(Guest* guest) {
     options_.gauges->shared_memory_refused++;
     CallReport report;
     const std::string caller = NameOfPeer(guest->socket);
+    const absl::StatusOr<IdentityPtr> identity = options_.access.OfSocket(guest->socket);
+    if (identity.ok()) report.tenant = (*identity)->tenant;
     report.method = "Session";
     report.way = Way::kSharedMemory;
     report.SetStatus(status);

@@ -10,6 +10,7 @@
 #include "google/protobuf/arena.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status.h"
+#include "proto/call_trace.h"
 
 namespace kvtide::service {
 
@@ -19,10 +20,7 @@ class RingSession::Turn final : public WorkerPool::Work {
   explicit Turn(std::function<absl::Status()> serve) : serve_(std::move(serve)) {}
 
   void Run() override { End(serve_()); }
-  void Refuse() override {
-    End(Refused(Refusal::kShuttingDown,
-                absl::UnavailableError("kvtided is shutting down; try another one, or again later")));
-  }
+  void Refuse(const absl::Status& why) override { End(why); }
 
   absl::Status Wait() {
     const MutexLock lock(mutex_);
@@ -72,8 +70,13 @@ RingSession::~RingSession() {
   report.SetStatus(end_);
   report.duration = absl::Now() - opened_;
   report.caller = connection_->name;
+  const std::string name = Name();
+  report.request_id = name;
+  report.tenant = (*connection_->identity)->tenant;
   service_->Report(report, connection_->client.get());
 }
+
+std::string RingSession::Name() const { return absl::StrCat("ring/", connection_->number & 0xffffffff); }
 
 // With the first attention: clients that never attend need no memory of the host for it, and wait for
 // nothing.
@@ -138,13 +141,8 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
       waited_ = absl::Now() - queued;
       return serve();
     });
-    if (lane.Submit({std::hash<std::string>()(call.context.tenant()), connection_->number}, &turn)) {
-      status = turn.Wait();
-    } else {
-      status = Refused(
-          Refusal::kQueueFull,
-          absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later"));
-    }
+    lane.Submit({std::hash<std::string>()(call.context.tenant()), connection_->number}, &turn);
+    status = turn.Wait();
   }
   bulk_.store(false, std::memory_order_relaxed);
   if (!status.ok()) return status;
@@ -175,11 +173,17 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   } else {
     status = Run(*request, timeout, answer, &method, &sequence);
   }
+  const auto answer_bytes = status.ok() ? static_cast<int64_t>(answer->ByteSizeLong()) : 0;
+  if (answer_bytes > max_answer_bytes_) {
+    status = Refused(Refusal::kTooLarge, absl::ResourceExhaustedError(absl::StrCat(
+                                             "the answer has ", answer_bytes, " bytes, the ring holds ",
+                                             max_answer_bytes_, "; ask for less at once")));
+  }
+  const std::string name =
+      IsRequestId(request->x_request_id()) ? request->x_request_id() : absl::StrCat(Name(), "/", number_);
   if (!status.ok()) {
     answer->Clear();
-    const grpc::Status wire = ToGrpc(status);
-    answer->mutable_error()->set_code(wire.error_code());
-    answer->mutable_error()->set_message(wire.error_message());
+    ToProto(status, name, answer->mutable_error());
   }
   CallReport report;
   report.method = method;
@@ -187,11 +191,11 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   report.SetStatus(status);
   report.duration = absl::Now() - start;
   report.request_bytes = static_cast<int64_t>(bytes.size());
-  report.response_bytes = status.ok() ? static_cast<int64_t>(answer->ByteSizeLong()) : 0;
+  report.response_bytes = status.ok() ? answer_bytes : 0;
   report.waited = waited_;
   report.locked = locked_;
-  const std::string request_id = absl::StrCat("ring/", connection_->number & 0xffffffff, "/", number_);
-  report.request_id = request_id;
+  report.request_id = name;
+  report.trace = TraceIdOf(request->traceparent());
   report.caller = connection_->name;
   report.tenant = (*connection_->identity)->tenant;
   report.sequence = sequence;

@@ -47,6 +47,8 @@ class RingSession {
  private:
   class Turn;
   Way way() const { return maps_pool_ ? Way::kDirect : Way::kSharedMemory; }
+  // In the log: of its calls that have no names of their own, too.
+  std::string Name() const;
   void PinTensors(const v1::SessionRequest& request);
   absl::Status Run(const v1::SessionRequest& request, absl::Duration timeout, v1::SessionResponse* answer,
                    const char** method, SequenceId* sequence);

@@ -138,37 +138,6 @@ constexpr Verb kVerbs[] = {
 };
 #undef KVTIDE_VERB
 
-void WriteSessionError(uint64_t request_id, const absl::Status& status, grpc::ByteBuffer* bytes) {
-  v1::SessionResponse answer;
-  const grpc::Status wire = ToGrpc(status);
-  answer.set_request_id(request_id);
-  answer.mutable_error()->set_code(wire.error_code());
-  answer.mutable_error()->set_message(wire.error_message());
-  Write(answer, bytes);
-}
-
-// Looks at the fields of a session request until its call is found: its number, 0 for none.
-int CallField(const grpc::ByteBuffer& bytes, uint64_t* request_id) {
-  using google::protobuf::internal::WireFormatLite;
-  // The reader borrows what it does not change.
-  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&bytes));
-  if (!reader.status().ok()) return 0;
-  google::protobuf::io::CodedInputStream stream(&reader);
-  int field = 0;
-  // request_id comes first as everybody writes it; a later one is not found, and only missed in an error.
-  while (const uint32_t tag = stream.ReadTag()) {
-    const int number = WireFormatLite::GetTagFieldNumber(tag);
-    if (number == v1::SessionRequest::kRequestIdFieldNumber &&
-        WireFormatLite::GetTagWireType(tag) == WireFormatLite::WIRETYPE_VARINT) {
-      if (!stream.ReadVarint64(request_id)) break;
-      continue;
-    }
-    field = number;
-    break;
-  }
-  return field;
-}
-
 }  // namespace
 
 absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request, const Call& call,
@@ -240,24 +209,57 @@ const Verb* FindVerb(int session_field) {
   return nullptr;
 }
 
-const Verb* FindSessionVerb(const grpc::ByteBuffer& request) {
-  uint64_t request_id = 0;
-  return FindVerb(CallField(request, &request_id));
+SessionHead ReadSessionHead(const grpc::ByteBuffer& request) {
+  using google::protobuf::internal::WireFormatLite;
+  using Request = v1::SessionRequest;
+  // As everybody writes them there are no more than these four. The thread looks after sockets: it does not
+  // walk through a message of millions.
+  constexpr int kMostFields = 8;
+  constexpr uint32_t kMostText = 256;
+  SessionHead head;
+  // The reader borrows what it does not change.
+  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&request));
+  if (!reader.status().ok()) return head;
+  google::protobuf::io::CodedInputStream stream(&reader);
+  for (int i = 0; i < kMostFields; i++) {
+    const uint32_t tag = stream.ReadTag();
+    if (tag == 0) break;
+    const int field = WireFormatLite::GetTagFieldNumber(tag);
+    const auto type = WireFormatLite::GetTagWireType(tag);
+    bool read = false;
+    if (field == Request::kRequestIdFieldNumber && type == WireFormatLite::WIRETYPE_VARINT) {
+      read = stream.ReadVarint64(&head.request_id);
+    } else if (type == WireFormatLite::WIRETYPE_LENGTH_DELIMITED &&
+               (field == Request::kXRequestIdFieldNumber || field == Request::kTraceparentFieldNumber)) {
+      std::string* const text =
+          field == Request::kXRequestIdFieldNumber ? &head.x_request_id : &head.traceparent;
+      uint32_t bytes = 0;
+      read = stream.ReadVarint32(&bytes) &&
+             (bytes <= kMostText ? stream.ReadString(text, static_cast<int>(bytes))
+                                 : stream.Skip(static_cast<int>(bytes)));
+    } else if (type != WireFormatLite::WIRETYPE_START_GROUP) {
+      if (const Verb* const verb = FindVerb(field); verb != nullptr) head.verb = verb;
+      read = WireFormatLite::SkipField(&stream, tag);
+    }
+    if (!read) break;
+  }
+  return head;
 }
 
-absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, const Call& call,
-                                 grpc::ByteBuffer* answer_bytes, SequenceId* sequence, SessionOwned* owned) {
+absl::Status ServeSessionRequest(Handlers* handlers, const Verb* verb, grpc::ByteBuffer* bytes,
+                                 const Call& call, grpc::ByteBuffer* answer_bytes, SequenceId* sequence,
+                                 SessionOwned* owned) {
   Messages messages;
   auto* request = messages.New<v1::SessionRequest>();
   auto* answer = messages.New<v1::SessionResponse>();
   absl::Status status = Read(bytes, call, request);
   Call of_session = call;
   of_session.steps = owned->steps();
+  // It has waited in the lane of `verb`, and is no other one.
+  if (status.ok() && verb != nullptr && verb != FindVerb(static_cast<int>(request->call_case())))
+    status = absl::InvalidArgumentError("the session request carries more than one call");
   if (status.ok()) status = ServeMessage(handlers, *request, of_session, answer, sequence);
-  if (!status.ok()) {
-    WriteSessionError(request->request_id(), status, answer_bytes);
-    return status;
-  }
+  if (!status.ok()) return status;
   owned->Note(*request, *answer);
   answer->set_request_id(request->request_id());
   Write(*answer, answer_bytes);
@@ -285,11 +287,19 @@ void SessionOwned::Release(Handlers* handlers) {
   leases_.clear();
 }
 
-void AnswerSessionError(const grpc::ByteBuffer& request, const absl::Status& status,
-                        grpc::ByteBuffer* answer) {
-  uint64_t request_id = 0;
-  CallField(request, &request_id);
-  WriteSessionError(request_id, status, answer);
+void ToProto(const absl::Status& status, absl::string_view name, v1::SessionError* error) {
+  const grpc::Status wire = ToGrpc(status);
+  error->set_code(wire.error_code());
+  error->set_message(wire.error_message());
+  error->set_x_request_id(name.data(), name.size());
+}
+
+void AnswerSessionError(uint64_t request_id, const absl::Status& status, absl::string_view name,
+                        grpc::ByteBuffer* bytes) {
+  v1::SessionResponse answer;
+  answer.set_request_id(request_id);
+  ToProto(status, name, answer.mutable_error());
+  Write(answer, bytes);
 }
 
 }  // namespace kvtide::service

@@ -2,6 +2,7 @@
 // answer. Requests and answers live in an arena for as long as that takes.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "absl/container/flat_hash_set.h"
@@ -35,8 +36,14 @@ struct Verb {
 const Verb* FindVerb(absl::string_view path);
 // By the field of a SessionRequest that carries it.
 const Verb* FindVerb(int session_field);
-// That of a session request, found without reading all of it; null if it carries none that is known.
-const Verb* FindSessionVerb(const grpc::ByteBuffer& request);
+
+// What stands around the call of a session request, found without reading the call.
+struct SessionHead {
+  const Verb* verb = nullptr;  // null: none that is known was found
+  uint64_t request_id = 0;
+  std::string x_request_id, traceparent;  // as they were sent
+};
+SessionHead ReadSessionHead(const grpc::ByteBuffer& request);
 
 // Serves the call of a session request, which stays the caller's. The answer has no request id.
 absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request, const Call& call,
@@ -56,13 +63,16 @@ class SessionOwned {
   OpenSteps steps_;
 };
 
-// Serves one request of a session, as Verb::serve. The answer carries what went wrong; the status says it
-// too.
-absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* request, const Call& call,
-                                 grpc::ByteBuffer* answer, SequenceId* sequence, SessionOwned* owned);
+// Serves one request of a session, as Verb::serve; `verb` is that of its head. There is no answer to one that
+// went wrong.
+absl::Status ServeSessionRequest(Handlers* handlers, const Verb* verb, grpc::ByteBuffer* request,
+                                 const Call& call, grpc::ByteBuffer* answer, SequenceId* sequence,
+                                 SessionOwned* owned);
 
-// An answer for a request that was not served.
-void AnswerSessionError(const grpc::ByteBuffer& request, const absl::Status& status,
+// What a client is told of a call of a session that went wrong; `name` is what the log has.
+void ToProto(const absl::Status& status, absl::string_view name, v1::SessionError* error);
+// The answer to one, by the request_id of its request.
+void AnswerSessionError(uint64_t request_id, const absl::Status& status, absl::string_view name,
                         grpc::ByteBuffer* answer);
 
 }  // namespace kvtide::service

@@ -1,8 +1,24 @@
 #include "daemon/service/worker_pool.h"
 
+#include "daemon/cache/call/refusal.h"
 #include "kernels/base/check.h"
 
 namespace kvtide::service {
+namespace {
+
+absl::Status QueueFull() {
+  return Refused(Refusal::kQueueFull, absl::ResourceExhaustedError(
+                                          "all threads are busy, and as many calls wait as may, most of them "
+                                          "this client's or its tenant's; try again later"));
+}
+
+}  // namespace
+
+absl::Status ShuttingDown() {
+  return Refused(Refusal::kShuttingDown,
+                 absl::UnavailableError("kvtided is shutting down; try another one, or again later"));
+}
+
 WorkerPool::WorkerPool(int threads, size_t max_queued) : max_queued_(max_queued) {
   KVTIDE_CHECK(threads > 0 && max_queued > 0);
   for (int i = 0; i < threads; i++) threads_.emplace_back([this] { Serve(); });
@@ -17,20 +33,25 @@ WorkerPool::~WorkerPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-bool WorkerPool::Submit(Caller caller, Work* work) {
-  bool wake = false;
+void WorkerPool::Submit(Caller caller, Work* work) {
+  bool wake = false, closed = false;
   {
     const MutexLock lock(mutex_);
-    if (!closed_) {
-      if (queue_.size() >= max_queued_) return false;
+    closed = closed_;
+    // Of two, who has more waiting is refused.
+    Work* refused = closed_ ? work : nullptr;
+    if (!closed_ && queue_.size() >= max_queued_) {
+      refused = queue_.TakeFromGreediest(caller);
+      if (refused == nullptr) refused = work;
+    }
+    if (refused != work) {
       queue_.Push(caller, work);
       wake = idle_ > 0;
-      work = nullptr;
     }
+    work = refused;
   }
-  if (work != nullptr) work->Refuse();
+  if (work != nullptr) work->Refuse(closed ? ShuttingDown() : QueueFull());
   if (wake) ready_.NotifyOne();
-  return true;
 }
 
 bool WorkerPool::Enter() {
@@ -66,7 +87,7 @@ void WorkerPool::Close() {
       work = queue_.Pop();
     }
     if (work == nullptr) return;
-    work->Refuse();
+    work->Refuse(ShuttingDown());
   }
 }
 

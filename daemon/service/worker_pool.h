@@ -1,5 +1,6 @@
 // The threads that serve calls, and the queue before them. The queue is fair between callers and bounded:
-// Submit says no when it is full, and the caller answers RESOURCE_EXHAUSTED. Thread-safe.
+// when it is full, the newest work of who has most waiting makes room for who has less, and is refused.
+// Thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -8,10 +9,13 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
 #include "daemon/service/fair_queue.h"
 #include "kernels/base/mutex.h"
 
 namespace kvtide::service {
+
+absl::Status ShuttingDown();
 
 class WorkerPool {
  public:
@@ -19,8 +23,8 @@ class WorkerPool {
   class Work {
    public:
     virtual void Run() = 0;
-    // It will not run, because the daemon shuts down.
-    virtual void Refuse() = 0;
+    // It will not run, and why: RESOURCE_EXHAUSTED, the queue is full; UNAVAILABLE, the daemon shuts down.
+    virtual void Refuse(const absl::Status& why) = 0;
 
    protected:
     ~Work() = default;
@@ -32,14 +36,14 @@ class WorkerPool {
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
 
-  // False: the queue is full.
-  bool Submit(Caller caller, Work* work);
+  // One of the work's functions is called, by any thread: at once, in this one, if it is refused.
+  void Submit(Caller caller, Work* work);
   // For threads that could serve a call of their own: true if nothing waits and one of the pool's threads
   // would be free. Then Leave has to be called.
   bool Enter();
   void Leave();
-  // The same for a call that takes no longer than handing it over would: it passes those that wait, as long as
-  // there are no more such guests than threads. Then LeaveBriefly has to be called.
+  // The same for a call that takes no longer than handing it over would: it passes those that wait, as long
+  // as there are no more such guests than threads. Then LeaveBriefly has to be called.
   bool EnterBriefly();
   void LeaveBriefly();
   // Refuses what is queued; work that is submitted later is refused at once.

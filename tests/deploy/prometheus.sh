@@ -15,7 +15,7 @@ if [ -z "$prometheus" ] || [ -z "$promtool" ]; then
   prometheus="$tools/usr/bin/prometheus" promtool="$tools/usr/bin/promtool"
 fi
 cmake --preset dev
-cmake --build --preset dev --target kvtided kvtide kvtide_e2e_appender kvtide_write_exposition
+cmake --build --preset dev --target kvtided kvtide kvtide_e2e_appender kvtide_write_exposition kvtide_nvml_standin
 build=build/dev
 "$build/tests/daemon/metrics/kvtide_write_exposition" "$build/exposition.txt"
 python3 tests/daemon/metrics/deploy_test.py . "$build/exposition.txt" --promtool "$promtool"

@@ -11,6 +11,7 @@ should (data loss aside, none does) is checked by rules_test.yml.
 """
 import json
 import math
+import os
 import pathlib
 import signal
 import socket
@@ -91,8 +92,13 @@ def main():
         log = open(folder / "log", "w")
         processes = []
 
+        # Two GPUs for its metrics, whatever this machine has.
+        (folder / "lib").mkdir()
+        (folder / "lib/libnvidia-ml.so.1").symlink_to(kvtided.parents[1] / "tests/daemon/metrics/libkvtide_nvml_standin.so")
+        environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder}/lib"}
+
         def start(*command):
-            processes.append(subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=folder))
+            processes.append(subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=folder, env=environment))
             return processes[-1]
 
         def run(*words):

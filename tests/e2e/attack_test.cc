@@ -10,6 +10,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <sstream>
 #include <thread>
 
@@ -17,6 +18,7 @@
 #include "gtest/gtest.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
 #include "nlohmann/json.hpp"
+#include "tests/base/eventually.h"
 #include "tests/e2e/test_daemon.h"
 #include "tests/wire/http2_client.h"
 
@@ -312,6 +314,89 @@ TEST_F(Attack, LogsAreJsonWithTracesAndSlowCalls) {
     }
   }
   EXPECT_TRUE(saw_slow && saw_failed) << daemon_->Log();
+}
+
+// On a session every request may say its own; the stream's metadata count for those that say nothing.
+TEST_F(Attack, RequestsOfASessionHaveNamesOfTheirOwn) {
+  Start();
+  const auto wire = Wire();
+  v1::SessionRequest request;
+  request.mutable_close_sequence()->set_sequence_id(4711);
+  const std::string plain = request.SerializeAsString();
+  request.set_x_request_id("chat-17/3");
+  request.set_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+  const std::string named = request.SerializeAsString();
+  request.set_x_request_id("two\nlines");
+  request.set_traceparent("00-nonsense");
+  const std::string evil = request.SerializeAsString();
+  const int32_t session =
+      wire->Call(Method("Session"), {.bytes = named, .more = true},
+                 {{"x-request-id", "stream-1"},
+                  {"traceparent", "00-11111111111111111111111111111111-b7ad6b7169203331-01"}});
+  wire->Send(session, {.bytes = plain, .more = true});
+  wire->Send(session, {.bytes = evil, .more = true});
+  std::vector<v1::SessionError> errors;
+  ASSERT_TRUE(wire->Until(
+      [&] {
+        errors.clear();
+        const std::string& bytes = wire->answer(session).bytes;
+        for (size_t at = 0; at + 5 <= bytes.size();) {
+          const auto size = static_cast<size_t>(static_cast<unsigned char>(bytes[at + 3])) << 8 |
+                            static_cast<unsigned char>(bytes[at + 4]);
+          if (at + 5 + size > bytes.size()) break;
+          v1::SessionResponse answer;
+          EXPECT_TRUE(answer.ParseFromString(bytes.substr(at + 5, size)));
+          errors.push_back(answer.error());
+          at += 5 + size;
+        }
+        return errors.size() == 3;
+      },
+      60));
+  EXPECT_EQ(errors[0].x_request_id(), "chat-17/3");
+  EXPECT_EQ(errors[1].x_request_id(), "stream-1/2");
+  EXPECT_EQ(errors[2].x_request_id(), "stream-1/3");
+  const std::string log = daemon_->Log();
+  EXPECT_THAT(log, ContainsRegex("sequence=4711 request=chat-17/3 .*trace=0af7651916cd43dd8448eb211c80319c"));
+  EXPECT_THAT(log, ContainsRegex("request=stream-1/2 .*trace=11111111111111111111111111111111"));
+  EXPECT_THAT(log, ContainsRegex("request=stream-1/3 .*trace=11111111111111111111111111111111"));
+}
+
+// A request that never came: of each it is known why, as far as gRPC tells.
+TEST_F(Attack, RequestsThatNeverCameAreToldApart) {
+  Start();
+  const auto refused = [&] {
+    std::map<std::string, int64_t> counts;
+    const auto stats = client_->GetStats().value();
+    for (const auto& [reason, calls] : stats.refused) counts[reason] = calls;
+    return counts;
+  };
+  using Counts = std::map<std::string, int64_t>;
+  const std::string bytes = AppendBytes(sequence_, 64, 1);
+  // Larger than a message may be.
+  const auto wire = Wire();
+  const int32_t huge = wire->Call(Method("Append"), {.bytes = std::string(9 << 20, 'x')});
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(huge).ended; }, 60));
+  EXPECT_TRUE(Eventually([&] { return refused() == Counts{{"not_received", 1}}; }));
+  // Without a message at all: a mistake.
+  const int32_t empty = wire->Call(Method("Append"), {.nothing = true});
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(empty).ended; }, 60));
+  EXPECT_EQ(wire->answer(empty).code, kInvalidArgument) << wire->answer(empty).text;
+  EXPECT_TRUE(Eventually([&] { return refused() == Counts{{"not_received", 1}, {"invalid_argument", 1}}; }));
+  // Its deadline passes while it comes.
+  wire->Call(Method("Append"), {.bytes = bytes, .missing = 1000}, {{"grpc-timeout", "200m"}});
+  EXPECT_TRUE(Eventually([&] {
+    wire->Move();
+    return refused() == Counts{{"not_received", 1}, {"invalid_argument", 1}, {"deadline", 1}};
+  }));
+  // Its client dies: nobody was refused anything.
+  {
+    const auto dying = Wire();
+    dying->Call(Method("Append"), {.bytes = bytes, .missing = 1000});
+    EXPECT_EQ(dying->CallAndWait(Method("GetStats"), "").code, kOk);  // by then the other has begun
+  }
+  EXPECT_TRUE(Eventually(
+      [&] { return daemon_->Log().find("the connection has ended before") != std::string::npos; }));
+  EXPECT_EQ(refused(), (Counts{{"not_received", 1}, {"invalid_argument", 1}, {"deadline", 1}}));
 }
 
 // A request whose bytes stop coming, and a connection that says nothing: neither is waited for without end.

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from block_store_double import Daemon
+from kvtide import _trace
 from kvtide.block_store import Namespace, OpaqueBlocks
 from kvtide.block_watch import BlockWatch, Change
 from kvtide.store_link import StoreLink
@@ -97,6 +98,14 @@ def test_asking_again_changes_nothing_and_asks_nobody(world):
     assert [world.plan.matched(request, 0) for _ in range(5)] == [first] * 5
     assert world.daemon.calls == calls
     assert len(world.daemon.leases) == 2, "one for each rank"
+
+
+def test_a_lookup_is_called_as_its_request_in_the_daemons_log(world):
+    seen = []
+    world.daemon.before = lambda verb: seen.append((verb, _trace._current.get()))
+    world.plan.matched(Request("cmpl-17", 300), 0)
+    assert ("lookup", ("cmpl-17", "")) in seen
+    assert _trace._current.get() is None
 
 
 def test_an_answer_is_renewed_before_its_lease_ends(world):

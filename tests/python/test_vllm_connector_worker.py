@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 import kvtide  # noqa: E402
 from block_store_double import Daemon  # noqa: E402
+from kvtide import _trace  # noqa: E402
 from kvtide.block_store import Namespace, OpaqueBlocks, TensorBlocks  # noqa: E402
 from kvtide.store_link import StoreLink  # noqa: E402
 from kvtide.vllm.connector_pages import OwnPages, Pages, learn  # noqa: E402
@@ -358,6 +359,17 @@ def test_blocks_come_back_in_other_pages(world):
     assert world.done(received=["b"]) == set()
     for cache, old in zip(world.caches, want):
         assert torch.equal(cache[10:18], old[1:9])
+
+
+def test_calls_are_called_as_their_requests_in_the_daemons_log(world):
+    seen = {}
+    world.daemon.before = lambda verb: seen.setdefault(verb, _trace._current.get())
+    world.save("cmpl-17", KEYS[:1], range(1, 5), held=["cmpl-17"])
+    world.done(saved=["cmpl-17"])
+    until(lambda: len(world.daemon.blocks.get(world.space, ())) == 1)
+    world.load("cmpl-18", KEYS[:1], range(10, 14))
+    world.done(received=["cmpl-18"])
+    assert seen["store"] == ("cmpl-17", "") and seen["load"] == ("cmpl-18", "")
 
 
 def test_only_missing_blocks_travel(world):

@@ -111,6 +111,7 @@ void Http2Client::End(Answer* answer, int code, const std::string& text) {
 }
 
 std::string Http2Client::Frame(const Message& message) {
+  if (message.nothing) return "";
   const uint32_t size = static_cast<uint32_t>(static_cast<int64_t>(message.bytes.size()) + message.missing);
   std::string framed(5, '\0');
   framed[0] = message.compressed ? 1 : 0;

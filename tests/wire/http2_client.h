@@ -21,6 +21,7 @@ struct Message {
   bool compressed = false;  // with the header grpc-encoding: gzip
   int64_t missing = 0;      // so many bytes are announced besides that never come
   bool more = false;        // the call's side stays open
+  bool nothing = false;     // there is no message at all
 };
 
 // What came back.

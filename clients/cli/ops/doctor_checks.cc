@@ -318,7 +318,8 @@ const char* RefusalAdvice(const std::string& reason) {
       {"queue_full", "more calls come than threads serve: --service-threads, or fewer clients a daemon"},
       {"call_memory", "clients send more at once than --call-memory has room for, or do not read answers"},
       {"too_large", "send less in one call, or raise --max-message-bytes or --max-attend-work"},
-      {"not_received", "requests larger than --max-message-bytes, compressed ones, or clients that give up"},
+      {"not_received",
+       "requests larger than --max-message-bytes, compressed ones, or such that their clients take back"},
       {"slow_client", "a client sends its request, or reads its answer, slower than 30 s"},
       {"unavailable", "a device or tier that calls need is away"},
       {"unauthenticated", "a token that is unknown or over (--tokens), or nobody who should call"},
@@ -340,11 +341,12 @@ void CheckRefused(const client::ServerStats& stats, std::vector<Finding>* findin
       others.push_back(absl::StrCat(reason, " ", refused));
       continue;
     }
+    const std::string tenants = RefusedTenantsText(stats, reason);
     findings->push_back(
         Warn("refused",
              absl::StrCat(refused, " calls since the start, ",
                           PercentText(static_cast<double>(refused) / std::max<double>(1, calls), 1),
-                          " of all: ", reason),
+                          " of all: ", reason, tenants.empty() ? "" : absl::StrCat(" (", tenants, ")")),
              absl::StrCat(advice, "; the log has the callers (reason=", reason, ")")));
   }
   if (!others.empty())

@@ -548,10 +548,28 @@ std::string FailedText(const client::MethodStats& method) {
   return absl::StrJoin(parts, ", ");
 }
 
+std::string RefusedTenantsText(const ServerStats& stats, const std::string& reason) {
+  constexpr size_t kShown = 3;
+  std::vector<std::string> parts;
+  size_t tenants = 0;
+  bool evident = true;
+  for (const client::TenantRefusals& of : stats.refused_tenants) {
+    if (of.reason != reason) continue;
+    // Where there is one tenant, or a caller that is none, it need not be said.
+    evident = evident && tenants == 0 && (of.tenant == "default" || of.tenant == "(nobody)");
+    if (++tenants <= kShown) parts.push_back(absl::StrCat(Printable(of.tenant), " ", of.calls));
+  }
+  if (evident) return "";
+  return absl::StrCat(absl::StrJoin(parts, ", "), tenants > kShown ? ", ..." : "");
+}
+
 std::string RefusedText(const ServerStats& stats) {
   std::vector<std::string> parts;
-  for (const auto& [reason, calls] : stats.refused)
-    parts.push_back(absl::StrCat(Printable(reason), " ", calls));
+  for (const auto& [reason, calls] : stats.refused) {
+    const std::string tenants = RefusedTenantsText(stats, reason);
+    parts.push_back(
+        absl::StrCat(Printable(reason), " ", calls, tenants.empty() ? "" : absl::StrCat(" (", tenants, ")")));
+  }
   return absl::StrJoin(parts, ", ");
 }
 
@@ -633,6 +651,9 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
   }
   json["refused"] = Json::object();
   for (const auto& [reason, calls] : stats.refused) json["refused"][reason] = calls;
+  json["refused_tenants"] = Json::array();
+  for (const client::TenantRefusals& of : stats.refused_tenants)
+    json["refused_tenants"].push_back({{"tenant", of.tenant}, {"reason", of.reason}, {"calls", of.calls}});
   json["counters"] = {{"sequences_created", stats.sequences_created},
                       {"sequences_closed", stats.sequences_closed},
                       {"appended_tokens", stats.appended_tokens},

@@ -51,7 +51,9 @@ std::string RenderTroubles(const client::ServerStats& stats, const Terminal& ter
 // "29 %"; "-" when there is no whole.
 std::string LatencyText(double seconds);                    // "85 us", "2.4 ms", "1.5 s"
 std::string FailedText(const client::MethodStats& method);  // "NOT_FOUND 3, ABORTED 1"
-std::string RefusedText(const client::ServerStats& stats);  // "quota 12, queue_full 3"
+// Whose calls were refused for this reason, "acme 9, shop 3"; empty where that is evident.
+std::string RefusedTenantsText(const client::ServerStats& stats, const std::string& reason);
+std::string RefusedText(const client::ServerStats& stats);  // "quota 12 (acme 9, shop 3), queue_full 3"
 std::string PercentText(double part, double whole);
 // "shared memory" for "shared_memory", as people say it.
 std::string WayText(const std::string& way);

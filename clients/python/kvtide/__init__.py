@@ -6,7 +6,8 @@
 >>> sequence = pool.create(name, pair="q8_0/turbo4")
 
 ``kvtide.connect`` opens a pool, ``kvtide.plan`` plans memory, ``kvtide.formats`` has the storage formats,
-``kvtide.transformers`` a cache for Hugging Face transformers, ``kvtide.aio`` coroutines.
+``kvtide.transformers`` a cache for Hugging Face transformers, ``kvtide.aio`` coroutines, ``kvtide.trace`` names calls in the
+daemon's log.
 """
 
 from . import errors, formats, profiles
@@ -29,6 +30,7 @@ from ._types import (
     TierShare,
     TierStats,
 )
+from ._trace import trace
 from .errors import KvtideError
 from .planner import plan
 from .pool import Pool, Sequence, connect
@@ -60,4 +62,5 @@ __all__ = [
     "formats",
     "plan",
     "profiles",
+    "trace",
 ]

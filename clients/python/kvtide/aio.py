@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 from typing import TYPE_CHECKING, Any, Callable, Iterable, List, Mapping, Optional, Tuple, TypeVar
 
@@ -17,7 +18,8 @@ _T = TypeVar("_T")
 
 async def _run(call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, functools.partial(call, *args, **kwargs))
+    context = contextvars.copy_context()  # kvtide.trace counts there too
+    return await loop.run_in_executor(None, functools.partial(context.run, call, *args, **kwargs))
 
 
 async def connect(address: str = "auto", **options: Any) -> "AsyncPool":

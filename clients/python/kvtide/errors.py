@@ -10,9 +10,11 @@ from typing import Dict, Type
 
 
 class KvtideError(Exception):
-    """Base of all errors. ``code`` is the name of the status code, such as ``"NOT_FOUND"``."""
+    """Base of all errors. ``code`` is the name of the status code, such as ``"NOT_FOUND"``; ``request_id`` is what the call is
+    called in the daemon's log (:func:`kvtide.trace`), empty where the daemon has not answered."""
 
     code = "UNKNOWN"
+    request_id = ""
 
 
 class InvalidArgument(KvtideError, ValueError):
@@ -112,6 +114,9 @@ _BY_CODE: Dict[str, Type[KvtideError]] = {
 }
 
 
-def from_status(code: str, message: str) -> KvtideError:
+def from_status(code: str, message: str, request_id: str = "") -> KvtideError:
     """The exception of a status code."""
-    return _BY_CODE.get(code, KvtideError)(message)
+    error = _BY_CODE.get(code, KvtideError)(message)
+    if request_id:
+        error.request_id = request_id
+    return error

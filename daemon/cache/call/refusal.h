@@ -24,9 +24,8 @@ enum class Refusal {
   kQueueFull,        // all threads are busy, and as many calls wait as may
   kCallMemory,       // for requests and answers of calls under way
   kTooLarge,         // the answer, or the work of the call
-  kNotReceived,  // it ended before its request was there: larger than a message may be, compressed, broken
-                 // off
-  kSlowClient,   // its request took too long to come, or nobody took its answer
+  kNotReceived,      // its request is larger than a message may be, or compressed, or its client took it back
+  kSlowClient,       // its request took too long to come, or nobody took its answer
   kInvalidArgument,  // malformed, or a value that cannot be
   kNotFound,         // what it names is not there
   kConflict,         // it does not fit what is there: its position, a name that is taken, something open

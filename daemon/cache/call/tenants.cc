@@ -85,6 +85,11 @@ absl::Status TenantAccount::CheckOneMore(uint64_t TenantAccount::*count, uint64_
                                                    ", and its quota is ", limit, "; ", advice)));
 }
 
+bool LeavesRoomForOthers(uint64_t own, uint64_t all, uint64_t limit) {
+  const uint64_t kept = limit / 16;
+  return all < limit - kept || (own < kept && all < limit);
+}
+
 std::shared_ptr<TenantAccount> TenantTable::Get(const std::string& tenant) {
   if (const auto found = accounts_.find(tenant); found != accounts_.end()) return found->second;
   if (accounts_.size() >= sweep_at_) {

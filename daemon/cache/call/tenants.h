@@ -59,6 +59,11 @@ struct TenantAccount {
                             const char* advice) const;
 };
 
+// Of the places that all tenants have together the last sixteenth is for those that have fewer than so many:
+// nobody keeps the others out, whatever it opens. Whether one more fits for a tenant that has `own` of the
+// `all` there are.
+bool LeavesRoomForOthers(uint64_t own, uint64_t all, uint64_t limit);
+
 class TenantTable {
  public:
   TenantTable(const TenantQuotas* quotas, size_t tiers) : quotas_(quotas), tiers_(tiers) {}

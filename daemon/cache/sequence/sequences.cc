@@ -108,9 +108,16 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const st
     family = model->family;
   }
   const std::shared_ptr<TenantAccount> account = tenants_->Get(tenant);
-  if (!restored && family == 0)
+  if (!restored && family == 0) {
     KVTIDE_RETURN_IF_ERROR(account->CheckOneMore(&TenantAccount::models, account->limits.models, "models",
                                                  "unregister one that is not used any more"));
+    const size_t limit = limits_->max_models;
+    if (models() < limit && !LeavesRoomForOthers(account->models, models(), limit))
+      return Refused(Refusal::kLimit,
+                     absl::ResourceExhaustedError(absl::StrCat(
+                         models(), " models are registered, and the last of max_models = ", limit,
+                         " are for tenants that have few; unregister one that is not used any more")));
+  }
   KVTIDE_ASSIGN_OR_RETURN(const ModelPtr model, AddModel(spec, tenant, 0, family));
   return model->id;
 }
@@ -365,18 +372,21 @@ absl::Status Sequences::CheckQuota(const TenantAccount& account) {
                               "close some of them");
 }
 
-absl::Status Sequences::CheckRoomForOne() const {
-  if (sequences_.size() < limits_->max_sequences) return absl::OkStatus();
+absl::Status Sequences::CheckRoomForOne(const TenantAccount* account) const {
+  const size_t limit = limits_->max_sequences;
+  if (LeavesRoomForOthers(account == nullptr ? 0 : account->sequences, sequences_.size(), limit))
+    return absl::OkStatus();
   return Refused(
       Refusal::kLimit,
       absl::ResourceExhaustedError(absl::StrCat(
-          sequences_.size(), " sequences are open, which is the limit (max_sequences); close some")));
+          sequences_.size(), " sequences are open, which is the limit (max_sequences = ", limit,
+          sequences_.size() < limit ? ", the last of them for tenants that have few" : "", "); close some")));
 }
 
 absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOptions& options) {
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Build(model_id, options));
   KVTIDE_RETURN_IF_ERROR(CheckQuota(*sequence->account));
-  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
+  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne(sequence->account.get()));
   sequence->id = NewId();
   Enter(sequence);
   return sequence;
@@ -384,7 +394,7 @@ absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOp
 
 absl::Status Sequences::Restore(const SequencePtr& sequence) {
   // Not the quota: what was there stays, and counts.
-  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
+  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne(nullptr));
   if (sequence->id == 0 || by_id_.count(sequence->id) != 0)
     return absl::AlreadyExistsError(absl::StrCat("sequence ", sequence->id, " exists"));
   sequence->empty = sequence->MaxTokens() == 0;
@@ -460,7 +470,7 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id, const CallContext& co
     return absl::AbortedError(
         absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
   KVTIDE_RETURN_IF_ERROR(CheckQuota(*parent->account));
-  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
+  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne(parent->account.get()));
   auto child = std::make_shared<Sequence>();
   child->account = parent->account;
   child->id = NewId();

@@ -124,7 +124,7 @@ class Sequences {
   absl::StatusOr<ModelPtr> AddModel(const ModelSpec& spec, const std::string& tenant, uint64_t revision,
                                     ModelId family);
   static absl::Status CheckQuota(const TenantAccount& account);
-  absl::Status CheckRoomForOne() const;
+  absl::Status CheckRoomForOne(const TenantAccount* account) const;
   // The device of the first tier for a new sequence: the one with this name, or the one with the most room.
   absl::StatusOr<int> ChooseHome(const std::string& device) const;
   void Enter(const SequencePtr& sequence);

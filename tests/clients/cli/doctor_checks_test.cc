@@ -178,11 +178,12 @@ TEST(DoctorChecks, RefusedCallsSayWhatIsShort) {
   method.calls = 200;
   stats.methods = {method};
   stats.refused = {{"queue_full", 20}, {"not_found", 7}, {"conflict", 1}};
+  stats.refused_tenants = {{"acme", "queue_full", 19}, {"shop", "queue_full", 1}, {"acme", "conflict", 1}};
   stats.exhausted = 3;
   const std::vector<Finding> findings = CheckContents(stats);
   ASSERT_EQ(findings.size(), 2u);
   EXPECT_EQ(findings[0].verdict, Verdict::kWarn);
-  EXPECT_EQ(findings[0].text, "20 calls since the start, 10 % of all: queue_full");
+  EXPECT_EQ(findings[0].text, "20 calls since the start, 10 % of all: queue_full (acme 19, shop 1)");
   EXPECT_THAT(findings[0].advice, HasSubstr("--service-threads"));
   EXPECT_THAT(findings[0].advice, HasSubstr("reason=queue_full"));
   EXPECT_EQ(findings[1].verdict, Verdict::kOk);

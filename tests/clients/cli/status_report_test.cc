@@ -41,7 +41,10 @@ DaemonSnapshot Sample() {
   snapshot.stats.attended_blocks = 400;
   snapshot.stats.attended_blocks_below_first_tier = 100;
   snapshot.stats.exhausted = 9;
-  snapshot.stats.refused = {{"quota", 12}, {"queue_full", 3}};
+  snapshot.stats.refused = {{"quota", 12}, {"queue_full", 3}, {"unauthenticated", 2}};
+  snapshot.stats.refused_tenants = {{"acme", "quota", 8},         {"b\x1b", "quota", 2},
+                                    {"shop", "quota", 1},         {"toys", "quota", 1},
+                                    {"default", "queue_full", 3}, {"(nobody)", "unauthenticated", 2}};
   for (const auto& [id, idle] :
        {std::pair<uint64_t, double>{11, 5}, {18446744073709551615u, 500}, {33, 50}}) {
     client::SequenceInfo sequence;
@@ -160,7 +163,8 @@ TEST(StatusReport, ErrorsByCodeLatencyAndNamesThatWouldPlayWithTheTerminal) {
   snapshot.sequences[0].tenant = "acme";
   const std::string text = RenderStatus(snapshot, 10, kPlain);
   EXPECT_THAT(text, HasSubstr("RESOURCE_EXHAUSTED 7, DATA_LOSS 2"));
-  EXPECT_THAT(text, HasSubstr("refused: quota 12, queue_full 3"));
+  EXPECT_THAT(
+      text, HasSubstr("refused: quota 12 (acme 8, b\\x1b 2, shop 1, ...), queue_full 3, unauthenticated 2"));
   EXPECT_THAT(text, HasSubstr("85 us"));
   EXPECT_THAT(text, HasSubstr("2.4 ms"));
   EXPECT_THAT(text, HasSubstr("models: evil\\x1b[2J"));
@@ -269,6 +273,9 @@ TEST(StatusReport, Json) {
   EXPECT_EQ(json["tiers"][0]["pairs"][1]["bytes"], int64_t{250} << 20);
   EXPECT_EQ(json["counters"]["exhausted"], 9);
   EXPECT_EQ(json["refused"]["quota"], 12);
+  EXPECT_EQ(json["refused_tenants"][0]["tenant"], "acme");
+  EXPECT_EQ(json["refused_tenants"][0]["reason"], "quota");
+  EXPECT_EQ(json["refused_tenants"][0]["calls"], 8);
   ASSERT_EQ(json["sequence_list"].size(), 3u);
   // As text: a double would round it.
   EXPECT_EQ(json["sequence_list"][1]["id"], "18446744073709551615");

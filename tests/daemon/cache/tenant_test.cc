@@ -1,4 +1,5 @@
 // What belongs to one tenant is not there for another, through any verb; admins see all.
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/stepper.h"
 #include "tests/daemon/cache/cache_fixture.h"
 
@@ -140,6 +141,31 @@ TEST_F(TenantTest, AModelThatNobodyUsesMayGo) {
     ASSERT_TRUE(cache_->UnregisterModel("m", as_acme_).ok());
     ASSERT_TRUE(cache_->RegisterModel(SmallModel("m"), as_acme_).ok());
   }
+}
+
+// Without a quota too, the last places are for those that have few.
+TEST_F(TenantTest, NobodyTakesAllSequencesOrModels) {
+  options_.max_sequences = 64;
+  options_.max_models = 32;
+  Start();
+  size_t models = 0, sequences = 0;
+  absl::Status full;
+  for (; full.ok(); models += full.ok() ? 1 : 0)
+    full = cache_->RegisterModel(SmallModel(models == 0 ? "small" : "m" + std::to_string(models)), as_acme_)
+               .status();
+  EXPECT_TRUE(IsError(full, StatusCode::kResourceExhausted, "max_models = 32"));
+  EXPECT_EQ(models, 30u);
+  for (full = absl::OkStatus(); full.ok(); sequences += full.ok() ? 1 : 0)
+    full = Create("", as_acme_).status();
+  EXPECT_TRUE(IsError(full, StatusCode::kResourceExhausted, "for tenants that have few"));
+  EXPECT_EQ(RefusalOf(full), Refusal::kLimit);
+  EXPECT_EQ(sequences, 60u);
+  EXPECT_FALSE(cache_->ForkSequence(cache_->ListSequences({}, as_acme_).front().id, as_acme_).ok());
+  // Another one gets its own, as many as are left.
+  ASSERT_TRUE(cache_->RegisterModel(SmallModel(), as_other_).ok());
+  for (int i = 0; i < 4; i++) EXPECT_TRUE(Create("", as_other_).ok()) << i;
+  EXPECT_TRUE(IsError(Create("", as_other_).status(), StatusCode::kResourceExhausted, "max_sequences"));
+  EXPECT_FALSE(Create("", as_acme_).ok());
 }
 
 TEST_F(TenantTest, ARestartKeepsWhoOwnsWhat) {

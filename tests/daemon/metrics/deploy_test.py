@@ -3,7 +3,7 @@
 
 usage: deploy_test.py REPOSITORY EXPOSITION [--promtool PROGRAM]
 
-Every metric (and every value of a code, method or location label) that a dashboard or a rule names has to be in the
+Every metric (and every value of the labels code, method, location, reason and what) that a dashboard or a rule names has to be in the
 exposition; dashboards keep the rules that make them work anywhere; every alert has a severity, a summary and a runbook.
 With promtool the syntax of every expression, the rules and their tests are checked too.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 NAME = re.compile(r"\b((?:kvtide|process)_[a-z0-9_]+)\b")
-MATCHER = re.compile(r'\b(code|method|location)\s*(=~|!~|!=|=)\s*"([^"]*)"')
+MATCHER = re.compile(r'\b(code|method|location|reason|what)\s*(=~|!~|!=|=)\s*"([^"]*)"')
 GRAFANA_VARIABLES = {"$__rate_interval": "5m", "$__range": "1h", "$job": ".+", "$instance": ".+"}
 PANEL_TYPES = {"timeseries", "stat", "bargauge", "heatmap"}
 
@@ -211,6 +211,7 @@ def self_test(names, labels):
     assert found(check_expression, 'kvtide_rpc_requests_total{code="NO_SUCH_CODE"}', names, labels) == 1
     assert found(check_expression, 'kvtide_rpc_requests_total{method=~"Attend|NoSuchMethod"}', names, labels) == 1
     assert found(check_expression, 'kvtide_rpc_requests_total{method=~"Attend|Append"}', names, labels) == 0
+    assert found(check_expression, 'kvtide_refused_calls_total{reason=~"quota|no_such_reason"}', names, labels) == 1
     assert found(check_counters, 'sum(kvtide_moves_total{job="x"})') == 1
     assert found(check_counters, 'sum(rate(kvtide_moves_total{job="x"}[5m]))') == 0
     grid = {"h": 2, "w": 12, "x": 0, "y": 0}
@@ -225,8 +226,9 @@ def main():
     arguments = parser.parse_args()
     root = arguments.repository
     names, labels = read_exposition(arguments.exposition)
-    # Left out of the exposition where jemalloc is not linked.
+    # Left out of the exposition where jemalloc is not linked, and where there is no GPU.
     names |= {"kvtide_allocator_resident_bytes", "kvtide_allocator_allocated_bytes"}
+    names |= {"kvtide_gpu_memory_bytes", "kvtide_gpu_memory_used_bytes", "kvtide_gpu_utilization_ratio"}
     self_test(names, labels)
     files = sorted((root / "deploy/grafana/dashboards").glob("*.json"))
     dashboards = [check_dashboard(path, names, labels) for path in files]

@@ -1,5 +1,7 @@
 #include "daemon/metrics/endpoint_address.h"
 
+#include <unistd.h>
+
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -38,10 +40,12 @@ TEST(EndpointAddress, SaysWhatIsWrong) {
   }
 }
 
-TEST(EndpointAddress, BindableOrWhyNot) {
-  EXPECT_TRUE(CheckBindable({"127.0.0.1", 0}).ok());
+TEST(EndpointAddress, ListensOrSaysWhyNot) {
+  const auto socket = Listen({"127.0.0.1", 0});
+  ASSERT_TRUE(socket.ok()) << socket.status();
+  close(*socket);
   // TEST-NET-1 is no address of any host.
-  EXPECT_EQ(CheckBindable({"192.0.2.1", 9464}).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Listen({"192.0.2.1", 9464}).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 }  // namespace

@@ -146,7 +146,7 @@ std::unique_ptr<Metrics> BusyMetrics() {
     stats.connections = 7;
     stats.connections_limit = 1024;
     stats.connections_accepted = 20;
-    stats.connections_refused = {{"limit", 3}, {"silent", 0}};
+    stats.connections_refused = {{"limit", 3}, {"silent", 0}, {"descriptors", 0}, {"plaintext", 0}};
     stats.ways = {{"grpc", 2, 301, 41, 5001, 6001}, {"shared_memory", 1, 302, 42, 5002, 6002}};
     stats.memory = {{"sequences", 1 << 20, 1 << 20}, {"host", 1 << 24, 1 << 23}};
     stats.call_memory_bytes = 4096;

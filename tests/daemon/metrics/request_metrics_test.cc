@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "daemon/metrics/metrics.h"
 #include "gtest/gtest.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
@@ -179,7 +180,32 @@ TEST_F(RequestMetricsTest, TenantsHaveTheirOwnUpToABound) {
   size_t series = 0;
   for (const auto& [name, value] : Scrape().samples)
     series += name.find("tenant=") != std::string::npos ? 1 : 0;
-  EXPECT_EQ(series, 33u * (2 + 2 + 6 + 3)) << "however many tenants there are";
+  EXPECT_EQ(series, 33u * (2 + 2 + 6 + 3 + kRefusals)) << "however many tenants there are";
+}
+
+// Whose calls are refused and why, and what comes from nobody, which is no tenant's; a crowd that came first
+// does not hide it.
+TEST_F(RequestMetricsTest, TenantsAreRefusedByReason) {
+  for (int i = 0; i < 100; i++) metrics_.Record({.method = "Append", .tenant = absl::StrCat("t", i)});
+  metrics_.Record({.method = "Append", .code = 8, .tenant = "t3", .refusal = Refusal::kQuota});
+  metrics_.Record({.method = "Attend", .code = 8, .tenant = "t3", .refusal = Refusal::kQuota});
+  metrics_.Record({.method = "Attend", .code = 16, .tenant = "", .refusal = Refusal::kUnauthenticated});
+  metrics_.Record({.method = "Session", .code = 16, .tenant = "", .refusal = Refusal::kUnauthenticated});
+  metrics_.Record({.method = "Session", .code = 1, .tenant = "t3"});
+  metrics_.Record({.method = "Attend", .code = 8, .tenant = "t99", .refusal = Refusal::kQueueFull});
+  const auto refused = [&](const std::string& reason, const std::string& tenant) {
+    return Sample(
+        absl::StrCat("kvtide_tenant_refused_calls_total{reason=\"", reason, "\",tenant=\"", tenant, "\"}"));
+  };
+  EXPECT_EQ(refused("quota", "t3"), 2);
+  EXPECT_EQ(refused("queue_full", "t3"), 0) << "there from its first call on, so that a rate sees the first";
+  EXPECT_EQ(refused("unauthenticated", "(nobody)"), 2);
+  EXPECT_EQ(refused("queue_full", "(others)"), 1);
+  EXPECT_EQ(Sample("kvtide_tenant_calls_total{outcome=\"failed\",tenant=\"(nobody)\"}"), 1);
+  size_t series = 0;
+  for (const auto& [name, value] : Scrape().samples)
+    series += name.find("kvtide_tenant_refused") != std::string::npos ? 1 : 0;
+  EXPECT_EQ(series, 34u * kRefusals);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
 
@@ -25,7 +26,7 @@ TEST(CallCounts, TellsErrorsByCodeAndHowLongCallsTake) {
   counts.Add(Call("Append", 15, absl::Milliseconds(500)));
   for (int i = 0; i < 300; i++) counts.Add(Call("Attend", 0, absl::Hours(1)));
   v1::GetStatsResponse stats;
-  counts.ToProto(&stats);
+  counts.ToProto(Identity::OfThisProcess(), &stats);
   const auto& methods = stats.methods();
   ASSERT_EQ(methods.size(), 2);
   EXPECT_EQ(methods[0].method(), "Attend");
@@ -47,7 +48,7 @@ TEST(CallCounts, SessionsCountButHaveNoLatency) {
   CallCounts counts;
   counts.Add(Call("Session", 1, absl::Hours(1)));
   v1::GetStatsResponse stats;
-  counts.ToProto(&stats);
+  counts.ToProto(Identity::OfThisProcess(), &stats);
   const auto& methods = stats.methods();
   ASSERT_EQ(methods.size(), 1);
   EXPECT_EQ(methods[0].calls(), 1);
@@ -70,11 +71,47 @@ TEST(CallCounts, RefusalsByReason) {
   add(absl::ResourceExhaustedError("full"));
   for (int i = 0; i < 2; i++) add(Refused(Refusal::kQueueFull, absl::ResourceExhaustedError("wait")));
   v1::GetStatsResponse stats;
-  counts.ToProto(&stats);
+  counts.ToProto(Identity::OfThisProcess(), &stats);
   ASSERT_EQ(stats.refused_size(), 2);
   EXPECT_EQ(stats.refused(0).reason(), "queue_full");
   EXPECT_EQ(stats.refused(0).calls(), 2);
   EXPECT_EQ(stats.refused(1).reason(), "no_room");
+}
+
+// Whose they were: for an admin all, by name as far as there are names; for others their own.
+TEST(CallCounts, RefusalsByTenant) {
+  CallCounts counts;
+  const auto add = [&](const std::string& tenant, const absl::Status& status, int calls = 1) {
+    CallReport call = Call("Append", 0, absl::Microseconds(1));
+    call.SetStatus(status);
+    call.tenant = tenant;
+    for (int i = 0; i < calls; i++) counts.Add(call);
+  };
+  const absl::Status quota = Refused(Refusal::kQuota, absl::ResourceExhaustedError("enough"));
+  add("acme", quota, 2);
+  add("shop", quota, 5);
+  add("", absl::UnauthenticatedError("who?"));
+  for (int i = 0; i < 1000; i++) add(absl::StrCat("t", i), quota);
+  add("", absl::UnauthenticatedError("who?"));
+  const auto refused = [&](const Identity& caller, int at) {
+    v1::GetStatsResponse stats;
+    counts.ToProto(caller, &stats);
+    std::vector<std::pair<std::string, int64_t>> tenants;
+    for (const auto& of : stats.refused(at).tenants()) tenants.emplace_back(of.tenant(), of.calls());
+    return tenants;
+  };
+  using Tenants = std::vector<std::pair<std::string, int64_t>>;
+  const Tenants all = refused({"default", true}, 0);
+  EXPECT_EQ(all.size(), CallCounts::kMostTenants + 1);
+  EXPECT_EQ(all.at(0).first, "(others)");
+  EXPECT_EQ(all.at(1), std::make_pair(std::string("shop"), int64_t{5}));
+  EXPECT_EQ(all.at(2), std::make_pair(std::string("acme"), int64_t{2}));
+  int64_t sum = 0;
+  for (const auto& [tenant, calls] : all) sum += calls;
+  EXPECT_EQ(sum, 1007);
+  EXPECT_EQ(refused({"default", true}, 1), (Tenants{{"(nobody)", 2}}));
+  EXPECT_EQ(refused({"acme", false}, 0), (Tenants{{"acme", 2}}));
+  EXPECT_EQ(refused({"acme", false}, 1), Tenants());
 }
 
 // All that the service has, and what may come.
@@ -86,7 +123,7 @@ TEST(CallCounts, NoMethodIsLeftOut) {
   for (int i = 0; i < service->method_count(); i++) names.push_back(service->method(i)->name());
   for (const std::string& name : names) counts.Add(Call(name.c_str(), 0, absl::Microseconds(1)));
   v1::GetStatsResponse stats;
-  counts.ToProto(&stats);
+  counts.ToProto(Identity::OfThisProcess(), &stats);
   const auto& methods = stats.methods();
   EXPECT_EQ(methods.size(), static_cast<int>(names.size()));
 }
@@ -101,7 +138,7 @@ TEST(CallCounts, AnyNumberOfThreadsAddTheSameMethods) {
     });
   for (std::thread& thread : threads) thread.join();
   v1::GetStatsResponse stats;
-  counts.ToProto(&stats);
+  counts.ToProto(Identity::OfThisProcess(), &stats);
   const auto& methods = stats.methods();
   ASSERT_EQ(methods.size(), 4);
   for (const v1::MethodStats& method : methods) EXPECT_EQ(method.calls(), 4000);

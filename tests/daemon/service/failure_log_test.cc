@@ -39,12 +39,17 @@ TEST(FailureLog, ALineSaysWhatFailedForWhom) {
   service::CallReport refused = Failure(8);
   refused.refusal = Refusal::kQuota;
   out.log.Add(refused, absl::UnixEpoch());
+  service::CallReport unnamed = Failure(16);
+  unnamed.request_id = "";
+  out.log.Add(unnamed, absl::UnixEpoch());
   EXPECT_THAT(
       out.lines,
       ElementsAre("warning: call failed method=Append code=RESOURCE_EXHAUSTED sequence=42 request=r-1 "
                   "caller=unix:uid=0,pid=7 way=grpc us=120 message=\"no room\"",
                   "warning: call failed method=Append code=RESOURCE_EXHAUSTED sequence=42 request=r-1 "
-                  "caller=unix:uid=0,pid=7 way=grpc us=120 reason=quota message=\"no room\""));
+                  "caller=unix:uid=0,pid=7 way=grpc us=120 reason=quota message=\"no room\"",
+                  "info: call failed method=Append code=UNAUTHENTICATED sequence=42 caller=unix:uid=0,pid=7 "
+                  "way=grpc us=120 message=\"no room\""));
 }
 
 TEST(FailureLog, TheDaemonsOwnFaultsAreErrorsAndMistakesOfClientsAreNot) {

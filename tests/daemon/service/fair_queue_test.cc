@@ -60,5 +60,41 @@ TEST(FairQueue, TenantsTakeTurnsBeforeTheirCallersDo) {
   EXPECT_EQ(Drain(&queue), "0x1x2x34567890123456789");
 }
 
+// Who has most waiting makes room: among tenants first, then among the callers of one; the newest goes.
+TEST(FairQueue, TheGreediestMakesRoom) {
+  const std::string names = "abcdefgh";
+  FairQueue<const char> queue;
+  EXPECT_EQ(queue.TakeFromGreediest({1, 1}), nullptr);
+  for (size_t i = 0; i < 4; i++) queue.Push({1, 10}, &names[i]);
+  queue.Push({1, 11}, &names[4]);
+  EXPECT_EQ(queue.TakeFromGreediest({1, 10}), nullptr) << "it is the greediest itself";
+  EXPECT_EQ(*queue.TakeFromGreediest({2, 20}), 'd') << "another tenant's, of its greediest caller the newest";
+  EXPECT_EQ(*queue.TakeFromGreediest({1, 12}), 'c') << "another caller's of the same tenant";
+  EXPECT_EQ(queue.TakeFromGreediest({1, 11}), nullptr)
+      << "has one, the other two: they would only change places";
+  queue.Push({2, 20}, &names[5]);
+  queue.Push({2, 20}, &names[6]);
+  EXPECT_EQ(*queue.TakeFromGreediest({2, 21}), 'g')
+      << "tenant 1 has three, tenant 2 two: one of its own makes room";
+  EXPECT_EQ(queue.size(), 4u);
+  EXPECT_EQ(Drain(&queue), "afeb");
+  EXPECT_EQ(queue.size(), 0u);
+}
+
+// A tenant of many callers makes room although each has one piece only; who has given it up has no turn left.
+TEST(FairQueue, ATenantOfManyCallersMakesRoomToo) {
+  const std::string names = "abcdex";
+  FairQueue<const char> queue;
+  for (uint64_t caller = 0; caller < 5; caller++) queue.Push({1, caller}, &names[caller]);
+  EXPECT_EQ(queue.TakeFromGreediest({1, 7}), nullptr);
+  const char given = *queue.TakeFromGreediest({2, 7});
+  queue.Push({2, 7}, &names[5]);
+  EXPECT_EQ(queue.size(), 5u);
+  const std::string order = Drain(&queue);
+  EXPECT_EQ(order.size(), 5u);
+  EXPECT_EQ(order.find(given), std::string::npos);
+  EXPECT_EQ(order[1], 'x');
+}
+
 }  // namespace
 }  // namespace kvtide::service

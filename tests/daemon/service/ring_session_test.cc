@@ -4,6 +4,7 @@
 #include <chrono>
 #include <future>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -40,6 +41,11 @@ class RingSessionTest : public ::testing::Test {
     service.threads = kThreads;
     service.gauges = gauges_;
     service.call_memory_bytes = int64_t{64} << 20;
+    service.report = [this](const CallReport& call) {
+      const MutexLock lock(mutex_);
+      told_.push_back({call.method, call.code, std::string(call.request_id), std::string(call.trace),
+                       std::string(call.tenant), call.refusal});
+    };
     service_ = std::make_unique<KvCacheService>(cache_.get(), &connections_, service);
   }
   SequenceId NewSequence() {
@@ -47,12 +53,12 @@ class RingSessionTest : public ::testing::Test {
     options.pair = ExactPair();
     return cache_->CreateSequence(model_, options).value();
   }
-  std::unique_ptr<RingSession> Connect() {
+  std::unique_ptr<RingSession> Connect(int64_t max_answer_bytes = int64_t{1} << 20) {
     auto connection = std::make_shared<Connection>();
     connection->number = ++clients_;
     connection->identity = std::make_shared<const Identity>(Identity::OfThisProcess());
     return std::make_unique<RingSession>(service_.get(), connection, TensorMemory(nullptr, 0),
-                                         int64_t{1} << 20, false, -1);
+                                         max_answer_bytes, false, -1);
   }
   static std::string AppendBytes(SequenceId sequence, int64_t tokens) {
     v1::SessionRequest request;
@@ -75,6 +81,20 @@ class RingSessionTest : public ::testing::Test {
     return answer.error().code();
   }
 
+  // A call as its report has it, with its texts.
+  struct Told {
+    std::string method;
+    int code = 0;
+    std::string request_id, trace, tenant;
+    std::optional<Refusal> refusal;
+  };
+  std::vector<Told> told() {
+    const MutexLock lock(mutex_);
+    return told_;
+  }
+
+  Mutex mutex_;
+  std::vector<Told> told_ ABSL_GUARDED_BY(mutex_);
   FaultyBackend device_{MakeCpuBackend({.threads = 1})};
   std::unique_ptr<KvCache> cache_;
   ModelId model_ = 0;
@@ -107,6 +127,44 @@ TEST_F(RingSessionTest, ASmallAttentionWaitsForNobody) {
   device_.Open(FaultyBackend::kAppend);
   EXPECT_EQ(attend.get(), 0);
   for (std::thread& other : others) other.join();
+}
+
+// The texts of a call over shared memory are those of the metadata over gRPC, by the same rules.
+TEST_F(RingSessionTest, CallsCarryTheirRequestAndTrace) {
+  const auto session = Connect();
+  v1::SessionRequest request;
+  request.mutable_close_sequence()->set_sequence_id(4711);
+  request.set_x_request_id("chat-17/3");
+  request.set_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+  v1::SessionResponse answer;
+  session->Serve(request.SerializeAsString(), absl::InfiniteDuration(), &answer);
+  EXPECT_EQ(answer.error().x_request_id(), "chat-17/3");
+  request.set_x_request_id("two\nlines request=forged");
+  request.set_traceparent("00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01");
+  answer.Clear();
+  session->Serve(request.SerializeAsString(), absl::InfiniteDuration(), &answer);
+  EXPECT_EQ(answer.error().x_request_id(), "ring/1/2");
+  const std::vector<Told> told = this->told();
+  ASSERT_EQ(told.size(), 2u);
+  EXPECT_EQ(told[0].method, "CloseSequence");
+  EXPECT_EQ(told[0].request_id, "chat-17/3");
+  EXPECT_EQ(told[0].trace, "0af7651916cd43dd8448eb211c80319c");
+  EXPECT_EQ(told[0].tenant, kDefaultTenant);
+  EXPECT_EQ(told[0].refusal, Refusal::kNotFound);
+  EXPECT_EQ(told[1].request_id, "ring/1/2");
+  EXPECT_EQ(told[1].trace, "");
+}
+
+// What the client hears is what the log and the counts say.
+TEST_F(RingSessionTest, AnAnswerLargerThanTheRingIsARefusal) {
+  const auto session = Connect(10);
+  v1::SessionRequest request;
+  request.mutable_get_server_info();
+  EXPECT_EQ(Serve(*session, request.SerializeAsString()),
+            static_cast<int>(absl::StatusCode::kResourceExhausted));
+  ASSERT_EQ(told().size(), 1u);
+  EXPECT_EQ(told()[0].code, static_cast<int>(absl::StatusCode::kResourceExhausted));
+  EXPECT_EQ(told()[0].refusal, Refusal::kTooLarge);
 }
 
 }  // namespace

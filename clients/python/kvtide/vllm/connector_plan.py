@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
+from .._trace import trace
 from ..block_watch import FIRST_TIER, BlockWatch, further
 
 Rank = Tuple[int, int]
@@ -186,7 +187,8 @@ class ConnectorPlan:
             return old
         self._drop_answer(request.request_id)
         keys = [self.key(request, chunk) for chunk in range(first, last)]
-        answer = self._look_up(keys, first)
+        with trace(request.request_id):
+            answer = self._look_up(keys, first)
         self.answers[request.request_id] = answer
         if self.watch is not None and answer.known:
             tiers = (tier for tier, chunks in answer.tiers for _ in range(chunks))

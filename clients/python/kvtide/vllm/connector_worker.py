@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from .. import _core
+from .._trace import trace
 from ..block_watch import FIRST_TIER
 from ..errors import FailedPrecondition, KvtideError, ResourceExhausted
 from ..store_link import close_at_exit, in_pieces
@@ -314,7 +315,8 @@ class ConnectorWorker:
             self._prepare(self.save_link, self.save_staging)
             while (job := self.saves.get()) is not None:
                 try:
-                    self._save(job)
+                    with trace(job.save.request):
+                        self._save(job)
                 except Exception as error:  # a block that is not saved is a later miss
                     self._say("save", error)
                     self.save_link.failed(error)
@@ -420,8 +422,9 @@ class ConnectorWorker:
                 load, event = one
                 done = 0  # vLLM's blocks that are written
                 try:
-                    for done in self._load(load, event):
-                        pass
+                    with trace(load.request):
+                        for done in self._load(load, event):
+                            pass
                 except Exception as error:
                     self._say("load", error)
                     self.load_link.failed(error)
