@@ -1,5 +1,6 @@
 #include "daemon/cache/move/label_check.h"
 
+#include <algorithm>
 #include <map>
 #include <vector>
 
@@ -50,6 +51,16 @@ void CheckLabels(CacheLock& lock, std::span<const HeldBlock> blocks) {
       lock->store.Drop(block);
     }
   }
+}
+
+std::span<const BlockKey> BeforeUnchecked(std::span<const BlockKey> keys, std::span<const HeldBlock> blocks) {
+  for (const HeldBlock& block : blocks) {
+    const bool found = block->keyed || block->prefix() != nullptr;
+    if (!found || block->checked) continue;
+    const auto key = std::find(keys.begin(), keys.end(), block->key);
+    keys = keys.first(static_cast<size_t>(key - keys.begin()));
+  }
+  return keys;
 }
 
 }  // namespace kvtide

@@ -13,4 +13,8 @@ namespace kvtide {
 // or stay as they are because the tier does not answer.
 void CheckLabels(CacheLock& lock, std::span<const HeldBlock> blocks);
 
+// The keys before that of the first of these blocks which is still found and is not `checked`: what could not
+// be asked, as when the disk does not answer, does not count. The blocks are those of some of the keys.
+std::span<const BlockKey> BeforeUnchecked(std::span<const BlockKey> keys, std::span<const HeldBlock> blocks);
+
 }  // namespace kvtide

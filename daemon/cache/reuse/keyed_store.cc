@@ -461,13 +461,8 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
     if (unchecked.empty()) break;
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the lookup"));
     CheckLabels(lock, unchecked);
-    // What could not be asked, as when the disk does not answer, does not count. What comes before it is
-    // found once more: the mutex was free.
-    for (const HeldBlock& block : unchecked) {
-      if (!block->keyed || block->checked) continue;
-      const auto key = std::find(answering.begin(), answering.end(), block->key);
-      answering = answering.first(static_cast<size_t>(key - answering.begin()));
-    }
+    // What comes before it is found once more: the mutex was free.
+    answering = BeforeUnchecked(answering, unchecked);
   }
   if (call.lease > absl::ZeroDuration() && !found.empty() && lock->keyed.leases() >= options.max_leases) {
     lock->counters.exhausted++;

@@ -67,12 +67,7 @@ absl::Status PrefixReuse::CheckAnswering(CacheLock& lock, const PrefixSpace& spa
     if (unchecked.empty()) return absl::OkStatus();
     KVTIDE_RETURN_IF_ERROR(context.Check(core_.options().clock(), "the lookup"));
     CheckLabels(lock, unchecked);
-    // What could not be asked, as when the disk does not answer, does not count.
-    for (const HeldBlock& block : unchecked) {
-      if (block->prefix() == nullptr || block->checked) continue;
-      const auto key = std::find(keys.begin(), keys.end(), block->key);
-      keys = keys.first(static_cast<size_t>(key - keys.begin()));
-    }
+    keys = BeforeUnchecked(keys, unchecked);
   }
 }
 

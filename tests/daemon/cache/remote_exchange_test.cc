@@ -511,14 +511,7 @@ TEST_F(RemoteKeyedTest, ADeletedNamespaceWins) {
 TEST_F(RemoteKeyedTest, WhatIsDeletedWhileItIsWrittenIsNotThere) {
   CacheNode a(&remote_a_), b(&remote_b_);
   const NamespaceInfo info = a.cache->OpenNamespace(Opaque(), Persistence::kNone).value();
-  const std::vector<std::byte> payload = Payload(1, info.block_bytes);
-  const std::string_view key = "key 0";
-  StoreCall call;
-  call.name_space = info.id;
-  call.keys = {&key, 1};
-  call.form = BlockPayload::kBytes;
-  call.payload = payload;
-  ASSERT_TRUE(a.cache->StoreBlocks(call).ok());
+  Store(a, Opaque(), 1, false);
   remote_a_.SetHook([&](const char* of) {
     if (std::strcmp(of, "Write")) return;
     EXPECT_TRUE(a.cache->DeleteNamespace(info.id).ok());
@@ -533,14 +526,7 @@ TEST_F(RemoteKeyedTest, WhatIsDeletedWhileItIsWrittenIsNotFoundByWhoOpensItAgain
   for (const bool away : {false, true}) {
     CacheNode a(&remote_a_);
     const NamespaceInfo info = a.cache->OpenNamespace(Opaque(), Persistence::kNone).value();
-    const std::vector<std::byte> payload = Payload(2, info.block_bytes);
-    const std::string_view keys[] = {"key 0", "key 1"};
-    StoreCall call;
-    call.name_space = info.id;
-    call.keys = keys;
-    call.form = BlockPayload::kBytes;
-    call.payload = payload;
-    ASSERT_TRUE(a.cache->StoreBlocks(call).ok());
+    Store(a, Opaque(), 2, false);
     // The deletion comes before the write reaches the store, and somebody asks again when it has been there:
     // at the next call, which erases it, and which a store that is away just now does not take.
     int erased = 0;
@@ -564,8 +550,7 @@ TEST_F(RemoteKeyedTest, WhatIsDeletedWhileItIsWrittenIsNotFoundByWhoOpensItAgain
     EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
     EXPECT_TRUE(store_.values.empty());
     // What is stored from now on is shared as ever.
-    ASSERT_TRUE(a.cache->StoreBlocks(call).ok());
-    a.WriteAll();
+    Store(a, Opaque(), 2);
     EXPECT_EQ(store_.values.size(), 2u);
     remote_a_.SetHook({});
     ASSERT_TRUE(a.cache->DeleteNamespace(info.id).ok());
@@ -576,15 +561,7 @@ TEST_F(RemoteKeyedTest, WhatIsDeletedWhileItIsWrittenIsNotFoundByWhoOpensItAgain
 TEST_F(RemoteKeyedTest, WhatIsBeingDeletedIsNotFoundByWhoOpensItMeanwhile) {
   CacheNode a(&remote_a_), b(&remote_b_);
   const NamespaceInfo info = a.cache->OpenNamespace(Opaque(), Persistence::kNone).value();
-  const std::vector<std::byte> payload = Payload(2, info.block_bytes);
-  const std::string_view keys[] = {"key 0", "key 1"};
-  StoreCall call;
-  call.name_space = info.id;
-  call.keys = keys;
-  call.form = BlockPayload::kBytes;
-  call.payload = payload;
-  ASSERT_TRUE(a.cache->StoreBlocks(call).ok());
-  a.WriteAll();
+  Store(a, Opaque(), 2);
   ASSERT_EQ(store_.values.size(), 2u);
   int asked = 0;
   remote_a_.SetHook([&](const char* of) {
@@ -598,9 +575,7 @@ TEST_F(RemoteKeyedTest, WhatIsBeingDeletedIsNotFoundByWhoOpensItMeanwhile) {
   EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
   // What others store is found as ever.
   remote_a_.SetHook({});
-  ASSERT_TRUE(b.cache->OpenNamespace(Opaque(), Persistence::kNone).ok());
-  ASSERT_TRUE(b.cache->StoreBlocks(call).ok());
-  b.WriteAll();
+  Store(b, Opaque(), 2);
   EXPECT_EQ(Lookup(a, info.id, 2)->hits, 2u);
 }
 
