@@ -11,6 +11,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case "$1" in
     --to) to="${2:?--to wants a folder}"; shift ;;
     --prepare) prepare=true ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' deploy/package.sh; exit 0 ;;
     amd64 | arm64) architectures+=("$1") ;;
     *) echo "deploy/package.sh: unknown word '$1' (amd64, arm64, --to FOLDER, --prepare, -- options of cmake)" >&2; exit 2 ;;
   esac

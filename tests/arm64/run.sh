@@ -11,6 +11,7 @@ cd "$(dirname "$0")/../.."
 runs=(base base-64K-pages threads threads-64K-pages format kernels-neon kernels-plain kernels-paged kernels-others kernels-64K-pages warp planner engine package daemon image)
 record=false chosen=() wanted=()
 for word in "$@"; do
+  case "$word" in -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' tests/arm64/run.sh; exit 0 ;; esac
   [ "$word" != --record ] || { record=true; continue; }
   found=()
   for name in "${runs[@]}"; do case "$name" in "$word" | "$word"-*) found+=("$name") ;; esac; done

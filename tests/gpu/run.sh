@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     --stages) stages="${2//,/ }"; shift 2 ;;
     --results) results="$2"; shift 2 ;;
     --list) list; exit 0 ;;
-    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; echo; list; exit 0 ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' tests/gpu/run.sh; echo; list; exit 0 ;;
     *) echo "usage: tests/gpu/run.sh [--programs FILE.tar.xz|FOLDER] [--stages $(IFS=,; echo "${all[*]}")] [--results FOLDER]" >&2; exit 2 ;;
   esac
 done
